@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a study is, and how its verdict follows from its numbers.
+
+A study names its arms, the metrics each arm returns, and the comparisons that must hold for the
+claim to hold. All of this is written before anything runs; the verdict is computed, never typed.
+
+Every comparison is paired on the seed. With differences d_i (arm minus baseline, signed so that
+positive is better) over n seeds, the 95 % interval is mean(d) ± t(0.975, n-1) · sd(d) / sqrt(n).
+
+    superior       holds when the whole interval lies above the margin
+    non-inferior   holds when the whole interval lies above minus the margin
+
+An interval wholly on the other side of its bar fails; one that straddles the bar, or a single
+seed, cannot show either.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from batchery._core.validate import one_of, require
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Scale = Literal["smoke", "cpu", "gpu"]
+SCALES: tuple[Scale, ...] = ("smoke", "cpu", "gpu")
+
+HOLDS = "holds"
+FAILS = "does not hold here"
+UNSHOWN = "cannot be shown here"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of one arm: what the arm's function is given.
+
+    Attributes:
+        seed: 0, 1, 2, …; the same seed gives every arm the same data order and initial weights.
+        scale: how large the run may be.
+        device: where to compute.
+        prepared: what the study's `prepare` returned (for instance the tuned learning rates).
+        progress: call `progress(done, total)` now and then; it only feeds the progress bar.
+    """
+
+    seed: int
+    scale: Scale
+    device: torch.device
+    prepared: Mapping[str, Any] = field(default_factory=dict)
+    progress: Callable[[int, int], None] = lambda done, total: None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run measured: numbers by metric name, and curves by series name."""
+
+    metrics: dict[str, float]
+    series: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that every arm returns under `name`."""
+
+    name: str
+    label: str
+    better: Literal["higher", "lower"]
+    unit: str = ""
+    digits: int = 3
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One bar that an arm must clear against a baseline, set before the study runs.
+
+    Attributes:
+        arm: name of the arm under test.
+        baseline: name of the arm it is measured against.
+        metric: name of the metric compared.
+        require: `"superior"` or `"non-inferior"`.
+        margin: smallest difference that counts (superior) or largest loss allowed (non-inferior),
+            in the metric's unit.
+        claim: whether the verdict depends on it; otherwise it is reported for information.
+    """
+
+    arm: str
+    baseline: str
+    metric: str
+    require: Literal["superior", "non-inferior"] = "superior"
+    margin: float = 0.0
+    claim: bool = True
+
+
+@dataclass(frozen=True)
+class Study:
+    """A claim, the arms that test it, and the bars they must clear.
+
+    Attributes:
+        slug: the system's slug; the card of the same name must exist.
+        claim: one sentence, with the number that would show it.
+        protocol: data, budget, tuning and what is equal between arms, in a few sentences.
+        arms: name → function from a `Trial` to an `Outcome`. Order is the order of the tables.
+        metrics: what every arm returns; the first is the headline.
+        comparisons: the bars.
+        seeds: how many seeds at each scale.
+        data: names of the data sets it needs (`batchery.datasets`).
+        prepare: runs once before the arms (with seed 0); its JSON-able result reaches every trial
+            as `prepared` and is stored. Tuning that is the same for every arm belongs here.
+        figure: draws the study's figure from the result's JSON; None draws the headline metric.
+    """
+
+    slug: str
+    claim: str
+    protocol: str
+    arms: Mapping[str, Callable[[Trial], Outcome]]
+    metrics: Sequence[Metric]
+    comparisons: Sequence[Comparison]
+    seeds: Mapping[Scale, int]
+    data: Sequence[str] = ()
+    prepare: Callable[[Trial], dict[str, Any]] | None = None
+    figure: "Callable[[Figure, dict[str, Any]], None] | None" = None
+
+    def __post_init__(self) -> None:
+        """Refuse comparisons that name no arm or metric of this study."""
+        owner = f"Study {self.slug}"
+        names = [metric.name for metric in self.metrics]
+        require(any(c.claim for c in self.comparisons), owner, "comparisons", "must hold a claim", 0)
+        for comparison in self.comparisons:
+            one_of(owner, "comparison.arm", comparison.arm, self.arms)
+            one_of(owner, "comparison.baseline", comparison.baseline, self.arms)
+            one_of(owner, "comparison.metric", comparison.metric, names)
+
+    def metric(self, name: str) -> Metric:
+        """Return the metric called `name`."""
+        return next(metric for metric in self.metrics if metric.name == name)
+
+
+def compare(
+    comparison: Comparison, metric: Metric, arm: Sequence[float], baseline: Sequence[float]
+) -> dict[str, Any]:
+    """Judge one comparison from the values of both arms, paired by position (seed).
+
+    Returns:
+        A JSON-able record: the comparison's fields, `effect` and `interval` (positive is better),
+        `relative` (effect over the baseline's mean), `verdict` and `reason`.
+    """
+    from scipy.stats import t as student_t
+
+    sign = 1.0 if metric.better == "higher" else -1.0
+    gains = [sign * (a - b) for a, b in zip(arm, baseline, strict=True)]
+    finite = all(math.isfinite(gain) for gain in gains)
+    effect = statistics.fmean(gains) if finite else math.nan
+    interval, verdict, reason = None, UNSHOWN, ""
+    bar = comparison.margin if comparison.require == "superior" else -comparison.margin
+    if not finite:
+        # A run that diverged is a result: it decides against the arm that diverged.
+        lost = any(not math.isfinite(value) for value in arm)
+        verdict, reason = (FAILS if lost else UNSHOWN), f"{'arm' if lost else 'baseline'} diverged"
+    elif len(gains) < 2:
+        reason = "one seed gives no interval"
+    else:
+        spread = statistics.stdev(gains) / math.sqrt(len(gains))
+        half = float(student_t.ppf(0.975, len(gains) - 1)) * spread
+        interval = [effect - half, effect + half]
+        if interval[0] > bar:
+            verdict = HOLDS
+        elif interval[1] < bar:
+            verdict = FAILS
+        else:
+            reason = f"the interval straddles {bar:g} with {len(gains)} seeds"
+    base = statistics.fmean(baseline)
+    return {
+        **{name: getattr(comparison, name) for name in Comparison.__dataclass_fields__},
+        "effect": effect,
+        "interval": interval,
+        "relative": effect / abs(base) if base and math.isfinite(base) else None,
+        "verdict": verdict,
+        "reason": reason,
+    }
+
+
+def overall(scale: Scale, comparisons: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Combine the claim's comparisons into the study's verdict and its reason."""
+    if scale == "smoke":
+        return UNSHOWN, "the smoke scale only shows that the study runs"
+    claims = [c for c in comparisons if c["claim"]]
+    for verdict in (FAILS, UNSHOWN):
+        short = [c for c in claims if c["verdict"] == verdict]
+        if short:
+            what = "; ".join(
+                f"{c['arm']} vs {c['baseline']} on {c['metric']}"
+                + (f" ({c['reason']})" if c["reason"] else "")
+                for c in short
+            )
+            return verdict, what
+    return HOLDS, ""
