@@ -44,13 +44,16 @@ def number(
     """
     real = isinstance(value, int | float) or hasattr(value, "__float__")
     require_type(real and not isinstance(value, bool), owner, argument, "must be a number", value)
-    limits = ((">=", at_least), (">", above), ("<=", at_most), ("<", below))
-    stated = [f"{sign} {limit:g}" for sign, limit in limits if math.isfinite(limit)]
-    inside = at_least <= value <= at_most and above < value < below
-    # An infinite value is only outside when a bound says so; -inf > -inf must not refuse it.
-    inside = inside or (math.isinf(value) and not stated)
-    rule = "must be " + (" and ".join(stated) if stated else "a number")
-    require(inside, owner, argument, rule, value)
+    checks = (
+        (">=", at_least, value >= at_least),
+        (">", above, value > above),
+        ("<=", at_most, value <= at_most),
+        ("<", below, value < below),
+    )
+    bounds = [(sign, limit, ok) for sign, limit, ok in checks if math.isfinite(limit)]
+    rule = " and ".join(f"{sign} {limit:g}" for sign, limit, _ in bounds) or "a number"
+    inside = value == value and all(ok for *_, ok in bounds)
+    require(inside, owner, argument, f"must be {rule}", value)
     return value
 
 

@@ -64,7 +64,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that every arm returns under `name`."""
+    """A number that arms return under `name`."""
 
     name: str
     label: str
@@ -104,7 +104,8 @@ class Study:
         claim: one sentence, with the number that would show it.
         protocol: data, budget, tuning and what is equal between arms, in a few sentences.
         arms: name → function from a `Trial` to an `Outcome`. Order is the order of the tables.
-        metrics: what every arm returns; the first is the headline.
+        metrics: what arms return (an arm may leave out one that it has no comparison on); the
+            first is the headline.
         comparisons: the bars.
         seeds: how many seeds at each scale.
         data: names of the data sets it needs (`batchery.datasets`).
@@ -128,7 +129,8 @@ class Study:
         """Refuse comparisons that name no arm or metric of this study."""
         owner = f"Study {self.slug}"
         names = [metric.name for metric in self.metrics]
-        require(any(c.claim for c in self.comparisons), owner, "comparisons", "must hold a claim", 0)
+        claims = sum(comparison.claim for comparison in self.comparisons)
+        require(claims > 0, owner, "comparisons", "must hold at least one claim", claims)
         for comparison in self.comparisons:
             one_of(owner, "comparison.arm", comparison.arm, self.arms)
             one_of(owner, "comparison.baseline", comparison.baseline, self.arms)

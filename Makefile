@@ -1,0 +1,42 @@
+# Two commands matter: `make demo` and `make test`. Both need Python >= 3.10, pip and make.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+# A folder of data files beside the checkout is used when it is there (see docs/guides/data.md).
+ifneq ($(wildcard ../shared/data),)
+export BATCHERY_DATA ?= $(abspath ../shared/data)
+endif
+
+.PHONY: demo test lint docs venv gpu-check readme clean
+
+demo: venv  ## every system against its baseline, small, with an HTML report (<= 10 minutes)
+	$(BIN)/batchery study --all --scale smoke --report build/report
+
+test: venv lint docs  ## lint, types, site and the whole test suite
+	$(BIN)/python -m pytest -m "not gpu" -q --durations=10
+
+lint: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: venv
+	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+
+readme: venv  ## rewrite the README's table from the cards and the stored results
+	$(BIN)/batchery report --readme README.md
+
+# From the source tree alone: a GPU machine needs nothing installed but torch, triton and pytest.
+gpu-check:
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu -q -rs
+
+venv: $(READY)
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf build site .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `batchery` command: `list`, `show`, `study`, `report`, `data`.
+
+Exit status: 0 done; 1 a study failed or a stored claim no longer holds; 2 wrong arguments;
+3 data are missing; 130 interrupted (the same command resumes).
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.table import Table
+
+import batchery
+from batchery.cards import Card, find_card, load_cards, search
+
+if TYPE_CHECKING:
+    from batchery.studies.study import Scale, Study
+
+FAILED, USAGE, NO_DATA, INTERRUPTED = 1, 2, 3, 130
+
+console = Console()
+errors = Console(stderr=True)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argument errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        _complain(f"{self.prog}: {message} (see {self.prog} --help)")
+        raise SystemExit(USAGE)
+
+
+def _complain(message: str) -> None:
+    errors.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="batchery", description=batchery.__doc__.split("\n")[0])
+    parser.add_argument("--version", action="version", version=f"batchery {batchery.__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, parser_class=_Parser)
+
+    verb = verbs.add_parser("list", help="the systems, or those that match some words")
+    verb.add_argument("words", nargs="*", help="words in titles, claims and questions")
+    verb.set_defaults(run=_list)
+
+    verb = verbs.add_parser("show", help="one system's card")
+    verb.add_argument("slug")
+    verb.add_argument("--results", type=Path, default=None, help="folder of stored results")
+    verb.set_defaults(run=_show)
+
+    verb = verbs.add_parser("study", help="run claims against their true baselines")
+    verb.add_argument("slugs", nargs="*", metavar="SLUG")
+    verb.add_argument("--all", action="store_true", help="every system's study")
+    verb.add_argument("--scale", choices=("smoke", "cpu", "gpu"), default="cpu")
+    verb.add_argument("--device", help="cpu, cuda, cuda:1, … (default: by scale)")
+    verb.add_argument("--seeds", type=_positive, help="how many seeds (default: the study's)")
+    verb.add_argument("--results", type=Path, default=None, help="folder for the results")
+    verb.add_argument("--report", type=Path, metavar="DIR", help="also write DIR/index.html")
+    verb.add_argument(
+        "--check",
+        action="store_true",
+        help="compare with the stored result, which stays: exit 1 when a claim no longer holds",
+    )
+    verb.set_defaults(run=_study)
+
+    verb = verbs.add_parser("report", help="one HTML page of the stored results")
+    verb.add_argument("folder", nargs="?", type=Path, default=Path("build/report"), metavar="DIR")
+    verb.add_argument("--results", type=Path, default=None, help="folder of stored results")
+    verb.add_argument(
+        "--readme", type=Path, help="instead, rewrite the table of systems in a README"
+    )
+    verb.set_defaults(run=_report)
+
+    verb = verbs.add_parser("data", help="list the data sets, or fetch some")
+    verb.add_argument("names", nargs="*", metavar="NAME")
+    verb.set_defaults(run=_data)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
+    return value
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    from batchery.datasets import CorruptData, MissingData
+
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        _complain("interrupted; the same command goes on from here")
+        return INTERRUPTED
+    except MissingData as error:
+        _complain(str(error))
+        return NO_DATA
+    except (CorruptData, ImportError, LookupError, OSError, RuntimeError, ValueError) as error:
+        _complain(f"batchery {options.verb}: {_first_line(error)}")
+        return USAGE if isinstance(error, LookupError | ValueError) else FAILED
+
+
+def _first_line(error: Exception) -> str:
+    # str(KeyError) puts quotes around its message.
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return text.strip().split("\n")[0] or type(error).__name__
+
+
+def _results_folder(given: Path | None) -> Path:
+    """Return the folder of stored results: the given one, or the project's when we are in it."""
+    if given is not None:
+        return given
+    project = Path("docs/results")
+    return project if project.is_dir() else Path("batchery-results")
+
+
+def _list(options: argparse.Namespace) -> int:
+    cards = search(options.words) if options.words else load_cards()
+    if not cards:
+        _complain(f"batchery list: no card holds {' '.join(options.words)!r}")
+        return FAILED
+    table = Table("slug", "question", "home", box=None, header_style="bold")
+    for card in cards:
+        table.add_row(card.slug, card.question, card.home)
+    console.print(table)
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from batchery.studies.report import results_markdown
+
+    card = find_card(options.slug)
+    page = card.page(results_markdown(_results_folder(options.results), card.slug))
+    console.print(Markdown(page))
+    return 0
+
+
+def _study(options: argparse.Namespace) -> int:
+    import torch
+
+    from batchery.studies.harness import forget_runs, load_result
+
+    if options.all == bool(options.slugs):
+        raise ValueError("name one or more systems, or --all")
+    cards = load_cards() if options.all else [find_card(slug) for slug in options.slugs]
+    stored = _results_folder(options.results)
+    results = stored / ".check" if options.check else stored
+    device = torch.device(options.device) if options.device else None
+    finished, status = _run_all(cards, options.scale, device, options.seeds, results)
+    for card in cards:
+        forget_runs(results, card.slug, options.scale)
+    for result in finished:
+        _print_result(result)
+    if options.report and finished:
+        from batchery.studies.report import html_report
+
+        entries = [(result["slug"], options.scale) for result in finished]
+        console.print(f"report: {html_report(results, entries, options.report)}", highlight=False)
+    if options.check:
+        for result in finished:
+            before = load_result(stored, result["slug"], options.scale)
+            status = max(status, _check(result, before))
+    return status
+
+
+def _run_all(
+    cards: Sequence[Card], scale: "Scale", device: Any, seeds: int | None, results: Path
+) -> tuple[list[dict[str, Any]], int]:
+    """Run the cards' studies in turn; one that fails is reported and does not stop the others."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from batchery.datasets import MissingData
+    from batchery.studies.harness import kept_runs, load_study, run_study
+    from batchery.studies.report import draw
+
+    studies: list[Study] = [load_study(card.slug) for card in cards]
+    kept = sum(kept_runs(results, study.slug, scale) for study in studies)
+    if kept:
+        console.print(f"resuming: {kept} finished runs are here already")
+    finished: list[dict[str, Any]] = []
+    status = 0
+    with ExitStack() as stack:
+        columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        bar = stack.enter_context(Progress(*columns, console=errors))
+        task = bar.add_task("", total=len(studies))
+        for place, study in enumerate(studies):
+
+            def report(label: str, fraction: float, place: int = place) -> None:
+                bar.update(task, description=label, completed=place + fraction)
+
+            try:
+                result = run_study(
+                    study,
+                    scale,
+                    results=results,
+                    device=device,
+                    seeds=seeds,
+                    keep_runs=True,
+                    on_progress=report,
+                )
+                draw(study, result, results)
+            except MissingData as error:
+                _complain(f"{study.slug}: {error}")
+                status = max(status, NO_DATA)
+            except (ImportError, OSError, RuntimeError, ValueError) as error:
+                _complain(f"{study.slug}: {type(error).__name__}: {_first_line(error)}")
+                status = max(status, FAILED)
+            else:
+                finished.append(result)
+                errors.print(f"{study.slug}: {result['verdict']}", highlight=False)
+        bar.update(task, completed=len(studies), description="done")
+    return finished, status
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    from batchery.studies.report import arm_rows, comparison_rows, verdict_line
+
+    console.print(f"\n[bold]{result['slug']}[/] ({result['scale']}): {result['claim']}")
+    for header, rows in (arm_rows(result), comparison_rows(result)):
+        table = Table(*header, header_style="bold", box=None)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    console.print(f"verdict: [bold]{verdict_line(result)}[/]")
+
+
+def _check(result: dict[str, Any], before: dict[str, Any] | None) -> int:
+    from batchery.studies.study import HOLDS
+
+    slug = result["slug"]
+    if before is None:
+        console.print(f"{slug}: no stored result to check against")
+        return 0
+    lost = before["verdict"] == HOLDS and result["verdict"] != HOLDS
+    console.print(f"{slug}: stored {before['verdict']!r}, now {result['verdict']!r}")
+    return FAILED if lost else 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from batchery.studies.report import html_report, stored_results, write_readme_table
+
+    results = _results_folder(options.results)
+    if options.readme:
+        console.print(f"wrote {write_readme_table(options.readme, load_cards(), results)}")
+        return 0
+    entries = stored_results(load_cards(), results)
+    if not entries:
+        raise FileNotFoundError(f"no stored results in {results}; run batchery study first")
+    console.print(f"wrote {html_report(results, entries, options.folder)}")
+    return 0
+
+
+def _data(options: argparse.Namespace) -> int:
+    from batchery import datasets
+
+    if not options.names:
+        table = Table("name", "what it is", "licence", box=None, header_style="bold")
+        for name in datasets.names():
+            entry = datasets.describe(name)
+            table.add_row(name, entry.summary, entry.licence)
+        console.print(table)
+    for name in options.names:
+        datasets.fetch(name)
+        console.print(f"{name}: ready", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

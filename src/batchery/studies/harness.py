@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a study: every arm on every seed, measured, interruptible, with one JSON as the result.
+
+Each finished run is kept under `<results>/.runs` until its study is complete, so the same command
+after Ctrl-C goes on where it stopped. A kept run is used again only when the library's code, the
+versions, the device and the thread count are those that made it.
+"""
+
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from batchery._core.state import atomic_write
+from batchery._core.validate import integer, one_of
+from batchery.studies.study import SCALES, Outcome, Scale, Study, Trial, compare, overall
+
+Progress = Callable[[str, float], None]
+Result = dict[str, Any]
+
+_PACKAGES = ("torch", "numpy", "triton", "transformers", "accelerate", "scikit-learn")
+_TICK = 0.1  # seconds between two reports of progress: a bar needs no more
+
+
+def load_study(slug: str) -> Study:
+    """Import the `STUDY` of a slug."""
+    module = importlib.import_module(f"batchery.studies.{slug.replace('-', '_')}")
+    study = module.STUDY
+    if not isinstance(study, Study):
+        raise TypeError(f"{module.__name__}.STUDY is a {type(study).__name__}, not a Study")
+    return study
+
+
+def source_hash() -> str:
+    """Return a short hash of all of the library's Python code."""
+    digest = hashlib.sha256()
+    root = Path(__file__).resolve().parents[1]
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Describe where a result comes from: hardware, versions, commit, source hash."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": versions,
+        "commit": _commit(),
+        "source": source_hash(),
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """Return the commit of the source tree, marked when it has changes; None outside a tree.
+
+    `BATCHERY_COMMIT` names it for a tree that was copied without its history.
+    """
+    root = Path(__file__).resolve().parents[3]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
+    if (root / ".git").exists() and shutil.which("git"):
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        if found.returncode == 0:
+            return found.stdout.strip()
+    return os.environ.get("BATCHERY_COMMIT")
+
+
+class _PeakMemory:
+    """Peak memory between construction and `read()`, in MiB: of the process and of CUDA."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        try:  # Linux: forget the peak of earlier runs, so that each run has its own
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def read(self) -> dict[str, float]:
+        peaks = {"process_mib": self._process()}
+        if self._device.type == "cuda":
+            peaks["cuda_mib"] = torch.cuda.max_memory_allocated(self._device) / 2**20
+        return {name: round(value, 1) for name, value in peaks.items()}
+
+    @staticmethod
+    def _process() -> float:
+        try:
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM"):
+                    return int(line.split()[1]) / 2**10
+        except OSError:
+            pass
+        unit = 2**20 if platform.system() == "Darwin" else 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def run_study(
+    study: Study,
+    scale: Scale,
+    *,
+    results: Path,
+    device: torch.device | None = None,
+    seeds: int | None = None,
+    keep_runs: bool = False,
+    on_progress: Progress = lambda label, fraction: None,
+) -> Result:
+    """Run every arm of a study on every seed and return its result.
+
+    Args:
+        study: what to run.
+        scale: `"smoke"`, `"cpu"` or `"gpu"`.
+        results: folder for `<slug>.<scale>.json`; unfinished runs wait in its `.runs`.
+        device: where to compute; by default CUDA at scale `"gpu"`, else the CPU.
+        seeds: how many seeds, instead of the study's own number.
+        keep_runs: leave the finished runs for the caller to `forget_runs`, when this study is
+            one of several that are resumed together.
+        on_progress: called with what is running and the fraction of the study that is done.
+
+    Returns:
+        The result as written to the file (numbers that are not finite read `None` there).
+
+    Raises:
+        RuntimeError: scale `"gpu"` without a CUDA device.
+        ValueError: unknown scale, or fewer than one seed.
+    """
+    owner = f"study {study.slug}"
+    one_of(owner, "scale", scale, SCALES)
+    count = integer(owner, "seeds", study.seeds[scale] if seeds is None else seeds, at_least=1)
+    if device is None:
+        device = torch.device("cuda" if scale == "gpu" else "cpu")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"{owner}: scale {scale!r} on device {device} needs CUDA, none is here")
+    where = environment(device)
+    kept = _KeptRuns(_runs_folder(results, study.slug, scale), where)
+    total = len(study.arms) * count + (study.prepare is not None)
+    done = 0
+
+    def execute(label: str, seed: int, function: Callable[[Trial], Any]) -> dict[str, Any]:
+        nonlocal done
+        name = f"{study.slug} · {label}"
+        on_progress(name, done / total)
+        record = kept.load(label, seed)
+        if record is None:
+            tick = _throttled(lambda part: on_progress(name, (done + part) / total))
+            record = _measure(function, Trial(seed, scale, device, prepared, tick), device)
+            kept.save(label, seed, record)
+        done += 1
+        on_progress(name, done / total)
+        return record
+
+    started = datetime.now(timezone.utc)
+    prepared: dict[str, Any] = {}
+    preparation = None
+    if study.prepare is not None:
+        preparation = execute("prepare", 0, study.prepare)
+        prepared = preparation["value"]
+    # Seed by seed, so that an early stop leaves complete pairs.
+    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in study.arms}
+    for seed in range(count):
+        for arm, function in study.arms.items():
+            runs[arm].append({"seed": seed, **execute(arm, seed, function)})
+
+    result = _assemble(study, scale, runs)
+    result |= {"date": started.isoformat(timespec="seconds"), "environment": where}
+    result["prepared"] = preparation
+    atomic_write(result_path(results, study.slug, scale), to_json(result).encode())
+    if not keep_runs:
+        forget_runs(results, study.slug, scale)
+    return result
+
+
+def forget_runs(results: Path, slug: str, scale: Scale) -> None:
+    """Drop the kept runs of a study: its next call starts anew."""
+    shutil.rmtree(_runs_folder(results, slug, scale), ignore_errors=True)
+
+
+def kept_runs(results: Path, slug: str, scale: Scale) -> int:
+    """Count the finished runs that an interrupted study left."""
+    return len(list(_runs_folder(results, slug, scale).glob("*.json")))
+
+
+def _runs_folder(results: Path, slug: str, scale: Scale) -> Path:
+    return results / ".runs" / f"{slug}.{scale}"
+
+
+def result_path(results: Path, slug: str, scale: str) -> Path:
+    """Return where the result of a study at a scale lies."""
+    return results / f"{slug}.{scale}.json"
+
+
+def load_result(results: Path, slug: str, scale: str) -> Result | None:
+    """Read a stored result, or None when there is none."""
+    path = result_path(results, slug, scale)
+    if not path.is_file():
+        return None
+    result: Result = json.loads(path.read_text())
+    return result
+
+
+def to_json(value: Any) -> str:
+    """Write a result as JSON; NaN and infinity, which JSON lacks, become null."""
+    return json.dumps(_finite(value), indent=1, ensure_ascii=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _measure(
+    function: Callable[[Trial], Any], trial: Trial, device: torch.device
+) -> dict[str, Any]:
+    memory = _PeakMemory(device)
+    begin = time.perf_counter()
+    value = function(trial)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - begin
+    record: dict[str, Any] = {"seconds": round(seconds, 3), "memory": memory.read()}
+    if isinstance(value, Outcome):
+        return {"metrics": dict(value.metrics), "series": dict(value.series), **record}
+    return {"value": value, **record}
+
+
+def _throttled(report: Callable[[float], None]) -> Callable[[int, int], None]:
+    last = 0.0
+
+    def tick(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _TICK:
+            last = now
+            report(min(done / max(total, 1), 1.0))
+
+    return tick
+
+
+def _assemble(study: Study, scale: Scale, runs: dict[str, list[dict[str, Any]]]) -> Result:
+    """Summarise the runs, judge every comparison, and conclude."""
+    values: dict[str, dict[str, list[float]]] = {}
+    arms: list[dict[str, Any]] = []
+    for arm, records in runs.items():
+        values[arm] = {}
+        summary: dict[str, dict[str, float]] = {}
+        for metric in study.metrics:
+            if metric.name not in records[0]["metrics"]:
+                continue
+            numbers = [_number(record["metrics"][metric.name]) for record in records]
+            values[arm][metric.name] = numbers
+            mean = statistics.fmean(numbers)
+            known = len(numbers) > 1 and math.isfinite(mean)
+            spread = statistics.stdev(numbers) if known else math.nan
+            summary[metric.name] = {"mean": mean, "sd": spread}
+        seconds = statistics.fmean(record["seconds"] for record in records)
+        peaks = {
+            kind: max(record["memory"][kind] for record in records) for kind in records[0]["memory"]
+        }
+        arms.append(
+            {"name": arm, "summary": summary, "seconds": seconds, "memory": peaks, "runs": records}
+        )
+    comparisons = []
+    for comparison in study.comparisons:
+        metric = study.metric(comparison.metric)
+        pair = [values[arm].get(metric.name) for arm in (comparison.arm, comparison.baseline)]
+        if pair[0] is None or pair[1] is None:
+            raise ValueError(f"study {study.slug}: {comparison} needs {metric.name} of both arms")
+        comparisons.append(compare(comparison, metric, pair[0], pair[1]))
+    verdict, reason = overall(scale, comparisons)
+    return {
+        "format": 1,
+        "slug": study.slug,
+        "scale": scale,
+        "claim": study.claim,
+        "protocol": study.protocol,
+        "verdict": verdict,
+        "reason": reason,
+        "metrics": [vars(metric) for metric in study.metrics],
+        "comparisons": comparisons,
+        "arms": arms,
+    }
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+class _KeptRuns:
+    """Finished runs of an unfinished study; each file says what made it."""
+
+    def __init__(self, folder: Path, where: dict[str, Any]) -> None:
+        self._folder = folder
+        self._made_by = {key: where[key] for key in ("source", "device", "threads", "versions")}
+
+    def _path(self, label: str, seed: int) -> Path:
+        return self._folder / f"{label}.{seed}.json"
+
+    def load(self, label: str, seed: int) -> dict[str, Any] | None:
+        path = self._path(label, seed)
+        if not path.is_file():
+            return None
+        kept = json.loads(path.read_text())
+        if kept["made_by"] != self._made_by:
+            return None
+        record: dict[str, Any] = kept["record"]
+        return record
+
+    def save(self, label: str, seed: int, record: dict[str, Any]) -> None:
+        kept = {"made_by": self._made_by, "record": record}
+        atomic_write(self._path(label, seed), to_json(kept).encode())

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+import torch
+
+from batchery._core.random import derive_seed, new_generator, seed_of
+
+
+def test_seeds_are_the_same_everywhere_and_differ_by_every_key():
+    # Written down from the definition: blake2b over the keys' repr.
+    assert derive_seed(0, "epoch", 3) == derive_seed(0, "epoch", 3)
+    keys = [(0, "epoch", 3), (0, "epoch", 4), (1, "epoch", 3), (0, "other", 3), ("0", "epoch", 3)]
+    assert len({derive_seed(*key) for key in keys}) == len(keys)
+    assert all(0 <= derive_seed(*key) < 2**63 for key in keys)
+
+
+def test_generators_leave_the_global_stream_alone():
+    before = torch.get_rng_state()
+    first = torch.rand(5, generator=new_generator(1, "a"))
+    second = torch.rand(5, generator=new_generator(1, "a"))
+    assert torch.equal(first, second)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_seed_of_does_not_advance_the_generator():
+    generator = torch.Generator().manual_seed(7)
+    state = generator.get_state()
+    assert seed_of(generator) == 7
+    assert seed_of(None) == 0
+    assert torch.equal(state, generator.get_state())

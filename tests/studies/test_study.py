@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+import math
+
+import pytest
+from scipy import stats
+
+from batchery.studies.study import (
+    FAILS,
+    HOLDS,
+    UNSHOWN,
+    Comparison,
+    Metric,
+    Outcome,
+    Study,
+    compare,
+    overall,
+)
+
+LOSS = Metric("loss", "loss", "lower")
+ACCURACY = Metric("accuracy", "accuracy", "higher")
+
+
+def test_the_interval_is_the_paired_t_interval():
+    arm, baseline = [1.0, 1.3, 0.9, 1.2], [1.5, 1.6, 1.6, 1.4]
+    judged = compare(Comparison("a", "b", "loss"), LOSS, arm, baseline)
+    low, high = stats.ttest_rel(baseline, arm).confidence_interval(0.95)
+    assert judged["interval"] == pytest.approx([low, high], abs=1e-12)
+    assert judged["effect"] == pytest.approx(0.425)
+    assert judged["relative"] == pytest.approx(0.425 / 1.525)
+
+
+@pytest.mark.parametrize(
+    ("require", "margin", "gains", "verdict"),
+    [
+        ("superior", 0.0, [1.0, 1.1, 0.9], HOLDS),
+        ("superior", 2.0, [1.0, 1.1, 0.9], FAILS),
+        ("superior", 1.0, [1.0, 1.1, 0.9], UNSHOWN),
+        ("superior", 0.0, [-1.0, -1.1, -0.9], FAILS),
+        ("non-inferior", 0.5, [-0.1, 0.1, 0.0], HOLDS),
+        ("non-inferior", 0.5, [-1.0, -1.1, -0.9], FAILS),
+        ("non-inferior", 0.1, [-0.1, 0.1, -0.2], UNSHOWN),
+        ("superior", 0.0, [1.0], UNSHOWN),
+    ],
+)
+@pytest.mark.parametrize("metric", [LOSS, ACCURACY], ids=lambda m: m.better)
+def test_verdict_of_a_comparison(require, margin, gains, verdict, metric):
+    sign = 1 if metric.better == "higher" else -1
+    arm = [10 + sign * gain for gain in gains]
+    comparison = Comparison("a", "b", metric.name, require, margin)
+    assert compare(comparison, metric, arm, [10.0] * len(gains))["verdict"] == verdict
+
+
+def test_divergence_decides_against_the_arm_that_diverged():
+    comparison = Comparison("a", "b", "loss")
+    lost = compare(comparison, LOSS, [math.nan, 1.0], [2.0, 2.0])
+    assert (lost["verdict"], lost["reason"]) == (FAILS, "arm diverged")
+    other = compare(comparison, LOSS, [1.0, 1.0], [math.inf, 2.0])
+    assert (other["verdict"], other["reason"]) == (UNSHOWN, "baseline diverged")
+
+
+def _judged(verdict, claim=True):
+    return {"arm": "a", "baseline": "b", "metric": "m", "verdict": verdict, "claim": claim} | {
+        "reason": ""
+    }
+
+
+def test_one_failed_claim_decides_and_information_does_not():
+    assert overall("cpu", [_judged(HOLDS), _judged(FAILS, claim=False)]) == (HOLDS, "")
+    assert overall("cpu", [_judged(HOLDS), _judged(UNSHOWN)])[0] == UNSHOWN
+    assert overall("cpu", [_judged(UNSHOWN), _judged(FAILS)]) == (FAILS, "a vs b on m")
+    assert overall("smoke", [_judged(HOLDS)])[0] == UNSHOWN
+
+
+@pytest.mark.parametrize(
+    ("comparison", "message"),
+    [
+        (Comparison("x", "b", "loss"), "comparison.arm must be one of 'a', 'b', got 'x'"),
+        (Comparison("a", "y", "loss"), "comparison.baseline must be one of 'a', 'b', got 'y'"),
+        (Comparison("a", "b", "z"), "comparison.metric must be one of 'loss', got 'z'"),
+        (Comparison("a", "b", "loss", claim=False), "must hold at least one claim, got 0"),
+    ],
+)
+def test_a_study_that_cannot_be_judged_is_refused(comparison, message):
+    arms = {"a": lambda t: Outcome({}), "b": lambda t: Outcome({})}
+    with pytest.raises(ValueError, match=message):
+        Study("toy", "claim", "protocol", arms, [LOSS], [comparison], {"cpu": 2})
