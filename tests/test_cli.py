@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from batchery import cli
+from batchery.datasets import MissingData
+from batchery.studies import harness
+from batchery.studies.study import Comparison, Metric, Outcome, Study
+
+
+@pytest.fixture
+def toy(monkeypatch, tmp_path):
+    """Every slug's study is a quick one whose losses the test may change."""
+    monkeypatch.chdir(tmp_path)
+    losses = {"old": 2.0, "new": 1.0}
+
+    def load(slug):
+        def arm(name):
+            def run(trial):
+                if losses[name] is None:
+                    raise MissingData(name="x", file="x.txt", reason="absent", command="get x")
+                return Outcome({"loss": losses[name] + 0.01 * trial.seed})
+
+            return run
+
+        arms = {name: arm(name) for name in losses}
+        comparison = Comparison("new", "old", "loss")
+        metric = Metric("loss", "loss", "lower")
+        return Study(slug, "c", "p", arms, [metric], [comparison], {"smoke": 1, "cpu": 2, "gpu": 1})
+
+    monkeypatch.setattr(harness, "load_study", load)
+    return losses
+
+
+def _one_line(text):
+    return len(text.strip().split("\n")) == 1
+
+
+def test_list_and_search(capsys):
+    assert cli.main(["list"]) == 0
+    assert "lamb" in capsys.readouterr().out
+    assert cli.main(["list", "trust", "ratio"]) in (0, 1)
+    assert cli.main(["list", "no-such-word-anywhere"]) == 1
+    assert "no card holds" in capsys.readouterr().err
+
+
+def test_show(capsys):
+    assert cli.main(["show", "lamb"]) == 0
+    assert "Minimal example" in capsys.readouterr().out
+
+
+def test_a_misspelt_slug_brings_the_nearest(capsys):
+    assert cli.main(["show", "lam"]) == cli.USAGE
+    error = capsys.readouterr().err
+    assert "lamb" in error
+    assert _one_line(error)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["study"],
+        ["study", "lamb", "--all"],
+        ["study", "lamb", "--scale", "huge"],
+        ["study", "lamb", "--seeds", "0"],
+        ["study", "lamb", "--seeds", "many"],
+        ["study", "nothing-like-it"],
+        ["data", "nothing-like-it"],
+        ["dance"],
+        [],
+    ],
+)
+def test_bad_arguments_bring_one_clear_line(arguments, capsys):
+    try:
+        status = cli.main(arguments)
+    except SystemExit as exit_:
+        status = exit_.code
+    assert status == cli.USAGE
+    error = capsys.readouterr().err
+    assert error.startswith("batchery")
+    assert _one_line(error)
+
+
+def test_study_writes_result_figure_and_report(toy, tmp_path, capsys):
+    assert cli.main(["study", "lamb", "--report", "page", "--results", "out"]) == 0
+    printed = capsys.readouterr().out
+    assert "verdict: holds" in printed
+    assert json.loads((tmp_path / "out/lamb.cpu.json").read_text())["verdict"] == "holds"
+    assert (tmp_path / "out/lamb.cpu.svg").is_file()
+    assert (tmp_path / "page/index.html").is_file()
+    assert not list((tmp_path / "out/.runs").glob("*/*.json"))
+
+
+def test_check_fails_when_a_stored_claim_no_longer_holds(toy, tmp_path):
+    assert cli.main(["study", "lamb", "--results", "out"]) == 0
+    stored = (tmp_path / "out/lamb.cpu.json").read_bytes()
+    assert cli.main(["study", "lamb", "--results", "out", "--check"]) == 0
+    toy["new"] = 3.0
+    assert cli.main(["study", "lamb", "--results", "out", "--check"]) == cli.FAILED
+    assert (tmp_path / "out/lamb.cpu.json").read_bytes() == stored
+
+
+def test_missing_data_is_named_and_does_not_stop_the_other_studies(toy, tmp_path, capsys):
+    toy["new"] = None
+    assert cli.main(["study", "lamb", "wsd", "--results", "out"]) == cli.NO_DATA
+    error = capsys.readouterr().err
+    assert "x.txt" in error
+    assert "get x" in error
+    toy["new"] = 1.0
+    assert cli.main(["study", "lamb", "wsd", "--results", "out"]) == 0
+
+
+def test_report_of_stored_results(toy, tmp_path, capsys):
+    assert cli.main(["report", "--results", "out"]) == cli.FAILED
+    assert "no stored results in out" in capsys.readouterr().err
+    cli.main(["study", "lamb", "--results", "out"])
+    assert cli.main(["report", "page", "--results", "out"]) == 0
+    assert (tmp_path / "page/index.html").is_file()
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_finished_runs_and_the_same_command_resumes(tmp_path):
+    command = [sys.executable, "-m", "batchery.cli", "study", "hard-batches"]
+    command += ["--scale", "smoke", "--results", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    runs = tmp_path / ".runs" / "hard-batches.smoke"
+    deadline = time.monotonic() + 60
+    while len(list(runs.glob("*.json"))) < 2 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == cli.INTERRUPTED, error
+    assert "the same command goes on from here" in error
+    assert "Traceback" not in error
+    again = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert "finished runs are here already" in again.stdout
+    assert not runs.exists()
