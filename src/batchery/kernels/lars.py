@@ -1,0 +1,401 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One LARS step over lists of tensors: readable loop, foreach, and fused.
+
+The update is stated in `batchery.optim.lars`; its arithmetic is here, once per form:
+
+    single    a loop over tensors, the reference that the others are tested against
+    foreach   torch's multi-tensor operations
+    fused     CUDA: two Triton launches over all tensors (norms, then the step)
+
+The momentum variant takes the norm of the buffer after its update, so there the first launch
+updates the buffer and the second applies it. No form waits for the device or changes a gradient.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from batchery.kernels.multi_tensor import (
+    ChunkTable,
+    Impl,
+    chunk_bounds,
+    chunk_load,
+    chunk_pointer,
+    chunk_store,
+    prepared_grads,
+    squared_norms,
+    tl,
+    triton,
+    triton_dtype,
+)
+
+Variant = Literal["grad", "update", "momentum"]
+BLOCK, WARPS = 2048, 8
+
+
+@dataclass(frozen=True)
+class LarsRule:
+    """The settings of a LARS step that are the same for every tensor of a call.
+
+    See `batchery.optim.LARS` for their meaning; they are checked there.
+    """
+
+    momentum: float = 0.9
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    trust_coefficient: float = 1e-3
+    eps: float = 0.0
+    adapt: bool = True
+    variant: Variant = "grad"
+    trust_clip: bool = False
+    lr_in_momentum: bool = False
+    blocks: int = 1
+    maximize: bool = False
+
+
+def lars_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    rule: LarsRule,
+    lr: float | Tensor,
+    *,
+    first: bool,
+    impl: Impl,
+    grad_divisor: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    reduce_norms: Callable[[Tensor], Tensor] | None = None,
+    table: ChunkTable | None = None,
+) -> Tensor:
+    """Update parameters and momentum buffers in place by one LARS step.
+
+    Args:
+        params: n tensors of one dtype on one device.
+        grads: their gradients, same shapes; left as they are.
+        momentum_buffers: buffers, float32 or wider for low-precision parameters; empty when
+            `rule.momentum` is 0 and the variant is not `"momentum"`.
+        rule: settings.
+        lr: learning rate; a 0-d tensor is read on its device.
+        first: this is the parameters' first step, so the buffers start at the first direction.
+        impl: which form.
+        grad_divisor: 0-d tensor that gradients are divided by (loss scale).
+        found_inf: 0-d tensor; where it is 1 nothing is updated. Fused form only.
+        reduce_norms: given the squared norms `(2, segments)` on this rank, returns their sum
+            over the ranks that share the tensors.
+        table: chunk table of `params` for the fused form, built for `rule.blocks`.
+
+    Returns:
+        The local learning-rate factor of each segment, `(n · blocks,)`, on the device.
+    """
+    if impl == "fused":
+        if table is None:
+            table = ChunkTable(params, blocks=rule.blocks)
+        lists = (params, grads, momentum_buffers or params)
+        return _fused_cuda(lists, rule, lr, first, grad_divisor, found_inf, reduce_norms, table)
+    wide_dtype = momentum_buffers[0].dtype if momentum_buffers else params[0].dtype
+    grads = prepared_grads(grads, wide_dtype, grad_divisor, rule.maximize)
+    wide = [x.to(wide_dtype) for x in params]
+    form = _apply_foreach if impl == "foreach" else _apply_single
+    decayed = [g + rule.weight_decay * x for g, x in zip(grads, wide, strict=True)]
+    if rule.variant == "momentum" and rule.adapt:
+        _average(momentum_buffers, decayed, rule, first)
+        ratios = _ratios(wide, momentum_buffers, rule, lr, reduce_norms)
+        form(wide, list(momentum_buffers), [], ratios, rule, lr, first)
+    else:
+        measured = decayed if rule.variant == "update" else grads
+        ratios = _ratios(wide, measured, rule, lr, reduce_norms)
+        form(wide, decayed, list(momentum_buffers), ratios, rule, lr, first)
+    if wide_dtype != params[0].dtype:
+        torch._foreach_copy_(params, wide)
+    return ratios
+
+
+def local_rates(squares: Tensor, rule: LarsRule, lr: float | Tensor) -> Tensor:
+    """Turn squared norms `(2, segments)` of parameters and gradients into local rates.
+
+    A zero parameter or gradient has rate 1; a norm that is not finite makes it NaN.
+    """
+    if not rule.adapt:
+        return torch.ones_like(squares[0])
+    weight, update = squares.sqrt().unbind(0)
+    bottom = update + rule.eps
+    if rule.variant == "grad":
+        bottom = bottom + rule.weight_decay * weight
+    rate = rule.trust_coefficient * weight / bottom + 0 * update
+    rate = torch.where((weight == 0) | (update == 0), torch.ones_like(rate), rate)
+    return (rate / lr).clamp(max=1.0) if rule.trust_clip else rate
+
+
+def _ratios(
+    params: Sequence[Tensor],
+    measured: Sequence[Tensor],
+    rule: LarsRule,
+    lr: float | Tensor,
+    reduce: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    dtype = torch.float64 if params[0].dtype == torch.float64 else torch.float32
+    if not rule.adapt:
+        return torch.ones(len(params) * rule.blocks, dtype=dtype, device=params[0].device)
+    squares = torch.stack([squared_norms(t, rule.blocks, dtype) for t in (params, measured)])
+    return local_rates(squares if reduce is None else reduce(squares), rule, lr)
+
+
+def _average(
+    buffers: Sequence[Tensor], decayed: Sequence[Tensor], rule: LarsRule, first: bool
+) -> None:
+    """Algorithm 1 of the LAMB paper: an exponential average from zero."""
+    if first:
+        torch._foreach_zero_(buffers)
+    torch._foreach_mul_(buffers, rule.momentum)
+    torch._foreach_add_(buffers, decayed, alpha=1 - rule.momentum)
+
+
+def _buffer_weight(rule: LarsRule, first: bool) -> float:
+    """Weight of the new direction in the buffer; the first one enters whole."""
+    return 1.0 if first else 1 - rule.dampening
+
+
+def _apply_single(
+    params: Sequence[Tensor],
+    directions: list[Tensor],
+    buffers: list[Tensor],
+    ratios: Tensor,
+    rule: LarsRule,
+    lr: float | Tensor,
+    first: bool,
+) -> None:
+    for place, (x, d) in enumerate(zip(params, directions, strict=True)):
+        ratio = ratios[place * rule.blocks : (place + 1) * rule.blocks]
+        scaled = (d.reshape(rule.blocks, -1) * ratio[:, None].to(d.dtype)).reshape(x.shape)
+        inner = lr if rule.lr_in_momentum else 1.0
+        outer = 1.0 if rule.lr_in_momentum else lr
+        move = scaled * inner
+        if buffers:
+            buffer = buffers[place]
+            weight = _buffer_weight(rule, first)
+            buffer.copy_((0.0 if first else rule.momentum) * buffer + weight * move)
+            move = move + rule.momentum * buffer if rule.nesterov else buffer
+        x.sub_(move * outer)
+
+
+def _apply_foreach(
+    params: Sequence[Tensor],
+    directions: list[Tensor],
+    buffers: list[Tensor],
+    ratios: Tensor,
+    rule: LarsRule,
+    lr: float | Tensor,
+    first: bool,
+) -> None:
+    scales = ratios * lr if rule.lr_in_momentum else ratios
+    scales = scales.to(directions[0].dtype)
+    if rule.blocks > 1:
+        rows = [d.reshape(rule.blocks, -1) for d in directions]
+        parts = scales.view(-1, rule.blocks).unbind()
+        moves = [
+            (row * part[:, None]).reshape(x.shape)
+            for row, part, x in zip(rows, parts, params, strict=True)
+        ]
+    else:
+        moves = list(torch._foreach_mul(directions, list(scales.unbind())))
+    if buffers:
+        if first:
+            torch._foreach_copy_(buffers, moves)
+        else:
+            torch._foreach_mul_(buffers, rule.momentum)
+            torch._foreach_add_(buffers, moves, alpha=1 - rule.dampening)
+        if rule.nesterov:
+            torch._foreach_add_(moves, buffers, alpha=rule.momentum)
+        else:
+            moves = list(buffers)
+    if rule.lr_in_momentum:
+        torch._foreach_sub_(params, moves)
+    elif isinstance(lr, Tensor):
+        torch._foreach_sub_(params, torch._foreach_mul(moves, lr.to(moves[0].dtype)))
+    else:
+        torch._foreach_sub_(params, moves, alpha=lr)
+
+
+def _fused_cuda(
+    lists: Sequence[Sequence[Tensor]],
+    rule: LarsRule,
+    lr: float | Tensor,
+    first: bool,
+    grad_divisor: Tensor | None,
+    found_inf: Tensor | None,
+    reduce: Callable[[Tensor], Tensor] | None,
+    table: ChunkTable,
+    block: int = BLOCK,
+    warps: int = WARPS,
+) -> Tensor:
+    addresses, aligned = table.addresses(*lists)
+    params, grads, buffers = lists
+    grid = (len(table.chunks),)
+    average = rule.variant == "momentum" and rule.adapt
+    shared = {
+        "ALIGNED": aligned,
+        "X": triton_dtype(params[0]),
+        "G": triton_dtype(grads[0]),
+        "S": triton_dtype(buffers[0]),
+        "FIRST": first,
+        "AVERAGE": average,
+        "NEGATE": rule.maximize,
+        "BLOCK": block,
+        "num_warps": warps,
+    }
+    common = (addresses, table.chunks, len(params), rule.weight_decay, rule.momentum)
+    if rule.adapt:
+        decayed = rule.variant == "update"
+        tail = (table.partials, grad_divisor, found_inf)
+        _lars_norms[grid](*common, *tail, DECAYED=decayed, **shared)
+        squares = table.segment_sums()
+        ratios = local_rates(squares if reduce is None else reduce(squares), rule, lr)
+    else:
+        ratios = torch.ones(len(table.segments), device=params[0].device)
+    _lars_apply[grid](
+        *common,
+        _buffer_weight(rule, first),
+        ratios,
+        lr,
+        grad_divisor,
+        found_inf,
+        TENSOR_LR=isinstance(lr, Tensor),
+        MOMENTUM=rule.momentum != 0,
+        NESTEROV=rule.nesterov,
+        LR_INSIDE=rule.lr_in_momentum,
+        **shared,
+    )
+    return ratios
+
+
+if triton is not None:
+
+    @triton.jit
+    def _gradient_scale(grad_divisor, NEGATE: tl.constexpr):
+        scale = 1.0
+        if grad_divisor is not None:
+            scale = 1.0 / tl.load(grad_divisor).to(tl.float32)
+        if NEGATE:
+            scale = -scale
+        return scale
+
+    @triton.jit
+    def _norms_block(
+        x_at, g_at, b_at, i, end, scale, weight_decay, momentum,
+        FIRST: tl.constexpr, AVERAGE: tl.constexpr, DECAYED: tl.constexpr, MASKED: tl.constexpr,
+    ):  # fmt: skip
+        """Return x and the tensor whose norm counts; write the buffer when it is an average."""
+        x = chunk_load(x_at, i, end, MASKED)
+        g = chunk_load(g_at, i, end, MASKED) * scale
+        if AVERAGE:
+            b = (1.0 - momentum) * (g + weight_decay * x)
+            if not FIRST:
+                b += momentum * chunk_load(b_at, i, end, MASKED)
+            chunk_store(b_at, i, end, b, MASKED)
+            return x, b
+        elif DECAYED:
+            return x, g + weight_decay * x
+        else:
+            return x, g
+
+    @triton.jit
+    def _lars_norms(
+        addresses, chunks, n, weight_decay, momentum, partials, grad_divisor, found_inf,
+        DECAYED: tl.constexpr, ALIGNED: tl.constexpr, X: tl.constexpr, G: tl.constexpr,
+        S: tl.constexpr, FIRST: tl.constexpr, AVERAGE: tl.constexpr, NEGATE: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """Pass 1: leave Σx² and Σg² (or that of the variant's tensor) of this chunk."""
+        if found_inf is not None:
+            if tl.load(found_inf) != 0.0:
+                return
+        place, _, begin, end = chunk_bounds(chunks, ALIGNED)
+        x_at = chunk_pointer(addresses, 0, n, place, X, ALIGNED)
+        g_at = chunk_pointer(addresses, 1, n, place, G, ALIGNED)
+        b_at = chunk_pointer(addresses, 2, n, place, S, ALIGNED)
+        scale = _gradient_scale(grad_divisor, NEGATE)
+        lanes = tl.arange(0, BLOCK)
+        weight = tl.zeros([BLOCK], tl.float32)
+        update = tl.zeros([BLOCK], tl.float32)
+        full = begin + (end - begin) // BLOCK * BLOCK
+        for at in range(begin, full, BLOCK):
+            x, u = _norms_block(
+                x_at, g_at, b_at, at + lanes, end, scale, weight_decay, momentum,
+                FIRST, AVERAGE, DECAYED, False,
+            )  # fmt: skip
+            weight += x * x
+            update += u * u
+        if full < end:
+            x, u = _norms_block(
+                x_at, g_at, b_at, full + lanes, end, scale, weight_decay, momentum,
+                FIRST, AVERAGE, DECAYED, True,
+            )  # fmt: skip
+            weight += x * x
+            update += u * u
+        tl.store(partials + tl.program_id(0), tl.sum(weight, 0))
+        tl.store(partials + tl.num_programs(0) + tl.program_id(0), tl.sum(update, 0))
+
+    @triton.jit
+    def _lars_block(
+        x_at, g_at, b_at, i, end, scale, weight_decay, momentum, weight, inner, outer,
+        FIRST: tl.constexpr, AVERAGE: tl.constexpr, MOMENTUM: tl.constexpr,
+        NESTEROV: tl.constexpr, MASKED: tl.constexpr,
+    ):  # fmt: skip
+        x = chunk_load(x_at, i, end, MASKED)
+        if AVERAGE:
+            move = chunk_load(b_at, i, end, MASKED) * inner
+        else:
+            g = chunk_load(g_at, i, end, MASKED) * scale
+            move = (g + weight_decay * x) * inner
+            if MOMENTUM:
+                b = move * weight
+                if not FIRST:
+                    b += momentum * chunk_load(b_at, i, end, MASKED)
+                chunk_store(b_at, i, end, b, MASKED)
+                if NESTEROV:
+                    move += momentum * b
+                else:
+                    move = b
+        chunk_store(x_at, i, end, x - outer * move, MASKED)
+
+    @triton.jit
+    def _lars_apply(
+        addresses, chunks, n, weight_decay, momentum, weight, ratios, lr, grad_divisor, found_inf,
+        TENSOR_LR: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+        LR_INSIDE: tl.constexpr, ALIGNED: tl.constexpr, X: tl.constexpr, G: tl.constexpr,
+        S: tl.constexpr, FIRST: tl.constexpr, AVERAGE: tl.constexpr, NEGATE: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """Pass 2: update the buffer (unless pass 1 did) and write the parameters."""
+        if found_inf is not None:
+            if tl.load(found_inf) != 0.0:
+                return
+        place, segment, begin, end = chunk_bounds(chunks, ALIGNED)
+        x_at = chunk_pointer(addresses, 0, n, place, X, ALIGNED)
+        g_at = chunk_pointer(addresses, 1, n, place, G, ALIGNED)
+        b_at = chunk_pointer(addresses, 2, n, place, S, ALIGNED)
+        scale = _gradient_scale(grad_divisor, NEGATE)
+        rate = lr
+        if TENSOR_LR:
+            rate = tl.load(lr).to(tl.float32)
+        inner = tl.load(ratios + segment)
+        outer = rate
+        if LR_INSIDE:
+            inner *= rate
+            outer = 1.0
+        lanes = tl.arange(0, BLOCK)
+        full = begin + (end - begin) // BLOCK * BLOCK
+        for at in range(begin, full, BLOCK):
+            _lars_block(
+                x_at, g_at, b_at, at + lanes, end, scale, weight_decay, momentum, weight,
+                inner, outer, FIRST, AVERAGE, MOMENTUM, NESTEROV, False,
+            )  # fmt: skip
+        if full < end:
+            _lars_block(
+                x_at, g_at, b_at, full + lanes, end, scale, weight_decay, momentum, weight,
+                inner, outer, FIRST, AVERAGE, MOMENTUM, NESTEROV, True,
+            )  # fmt: skip

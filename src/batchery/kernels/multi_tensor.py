@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One kernel launch over a list of tensors of any sizes: the chunk table.
+
+A kernel over many tensors gives each program one chunk: a run of elements of one tensor, never
+across a block border. A device table says which tensor a chunk belongs to and where it begins and
+ends; a second table holds the addresses. Chunks of the same segment (a tensor, or one of the equal
+blocks along dimension 0 that an optimizer treats alone) are neighbours, so a per-segment sum is a
+fixed-order sum of the chunks' partial sums: no float atomics, the same bits in every run.
+
+The layout is built once. Addresses are compared at every step (gradients move when they are set to
+None between steps) and sent again, in one asynchronous copy, only when one has changed.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from batchery._core.validate import require
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:  # the torch forms work without it
+    triton = None
+
+Impl = Literal["single", "foreach", "fused"]
+
+CHUNK = 32768  # elements per program; large enough to hide the table reads, small enough to balance
+VECTOR_BYTES = 16  # width of one thread's load when everything is aligned
+
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def triton_ready(tensor: Tensor) -> bool:
+    """Say whether a Triton kernel can run on this tensor's device and dtype."""
+    return triton is not None and tensor.is_cuda and tensor.dtype in FUSED_DTYPES
+
+
+class ChunkTable:
+    """The chunks of a list of tensors, and the addresses of the lists that go with it.
+
+    Args:
+        like: one tensor per place, n in all, contiguous in memory; only shapes matter here.
+        blocks: cut dimension 0 of every tensor into this many equal parts (segments).
+        chunk: elements per chunk.
+        device: where the table lies.
+
+    Example:
+        >>> table = ChunkTable([torch.zeros(5), torch.zeros(2, 3)], chunk=4, device="cpu")
+        >>> table.chunks.tolist()  # (tensor, segment, begin, end) of each chunk
+        [[0, 0, 0, 4], [0, 0, 4, 5], [1, 1, 0, 4], [1, 1, 4, 6]]
+        >>> table.segments.tolist()  # (first chunk, one past the last) of each segment
+        [[0, 2], [2, 4]]
+    """
+
+    def __init__(
+        self,
+        like: Sequence[Tensor],
+        *,
+        blocks: int = 1,
+        chunk: int = CHUNK,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Lay out the chunks; see the class."""
+        chunks: list[tuple[int, int, int, int]] = []
+        segments: list[tuple[int, int]] = []
+        whole = True  # does every chunk begin at a multiple of the vector width?
+        for place, tensor in enumerate(like):
+            size = tensor.numel() // blocks
+            for block in range(blocks):
+                first, begin, end = len(chunks), block * size, (block + 1) * size
+                whole &= begin % VECTOR_BYTES == 0
+                for at in range(begin, end, chunk):
+                    chunks.append((place, len(segments), at, min(at + chunk, end)))
+                segments.append((first, len(chunks)))
+        self._whole = whole and chunk % VECTOR_BYTES == 0
+        self._device = torch.device(like[0].device if device is None else device)
+        self.chunks = torch.tensor(chunks, dtype=torch.int64).reshape(-1, 4).to(self._device)
+        self.segments = torch.tensor(segments, dtype=torch.int64).to(self._device)
+        self._sent: list[int] = []
+        self._addresses = torch.empty(0, dtype=torch.int64)
+
+    @cached_property
+    def partials(self) -> Tensor:
+        """Scratch for two partial sums per chunk, `(2, chunks)` float32."""
+        return torch.empty(2, len(self.chunks), dtype=torch.float32, device=self._device)
+
+    def addresses(self, *lists: Sequence[Tensor]) -> tuple[Tensor, bool]:
+        """Return the addresses of the lists, `(lists, n)` int64, and whether all are aligned.
+
+        Every list must hold the table's n tensors, contiguous. The copy to the device does not
+        wait; it is skipped when no address has changed since the last call.
+        """
+        found = [tensor.data_ptr() for tensors in lists for tensor in tensors]
+        if found != self._sent:
+            pin = self._device.type == "cuda"
+            host = torch.tensor(found, dtype=torch.int64, pin_memory=pin).view(len(lists), -1)
+            self._addresses = host.to(self._device, non_blocking=True)
+            self._sent = found
+        return self._addresses, self._whole and all(at % VECTOR_BYTES == 0 for at in found)
+
+    def segment_sums(self) -> Tensor:
+        """Add up `partials` over the chunks of each segment, in fixed order: `(2, segments)`."""
+        sums = torch.empty(2, len(self.segments), dtype=torch.float32, device=self._device)
+        _segment_sums[(len(self.segments), 2)](
+            self.partials, self.segments, sums, len(self.chunks), len(self.segments), BLOCK=512
+        )
+        return sums
+
+
+def segment_sums_reference(table: ChunkTable) -> Tensor:
+    """Torch form of `ChunkTable.segment_sums`."""
+    parts = [table.partials[:, a:b].sum(1) for a, b in table.segments.tolist()]
+    return torch.stack(parts, 1)
+
+
+def require_fused(owner: str, tensors: Sequence[Tensor]) -> None:
+    """Raise unless a Triton kernel can run on all of these tensors.
+
+    Raises:
+        RuntimeError: names the device and dtype for which there is no kernel.
+        ValueError: a tensor is not contiguous.
+    """
+    for tensor in tensors:
+        if not triton_ready(tensor):
+            what = "Triton is not installed" if triton is None else "no fused kernel"
+            raise RuntimeError(f"{owner}: {what} for {tensor.dtype} on {tensor.device}")
+        shape = tuple(tensor.shape)
+        require(tensor.is_contiguous(), owner, "tensors", "must be contiguous to be fused", shape)
+
+
+def prepared_grads(
+    grads: Sequence[Tensor], dtype: torch.dtype, divisor: Tensor | None, negate: bool
+) -> list[Tensor]:
+    """Return gradients in the moments' dtype, divided and negated; the originals stay."""
+    ready = [grad.to(dtype) for grad in grads]
+    if divisor is not None:
+        ready = [grad / divisor.to(dtype) for grad in ready]
+    return [-grad for grad in ready] if negate else ready
+
+
+def squared_norms(tensors: Sequence[Tensor], blocks: int, dtype: torch.dtype) -> Tensor:
+    """Return the squared norm of each segment, `(n · blocks,)`."""
+    if blocks == 1:
+        if tensors[0].is_cpu and tensors[0].dtype == dtype:
+            # BLAS reads memory several times faster than the CPU's norm reduction.
+            flat = [tensor.reshape(-1) for tensor in tensors]
+            return torch.stack([torch.dot(one, one) for one in flat])
+        return torch.stack(torch._foreach_norm(tensors, 2, dtype)).square()
+    rows = [tensor.reshape(blocks, -1) for tensor in tensors]
+    return torch.cat([torch.linalg.vector_norm(r, dim=1, dtype=dtype) for r in rows]).square()
+
+
+def triton_dtype(tensor: Tensor) -> "tl.dtype":
+    """Return the Triton type of a tensor's elements."""
+    names = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    return names[tensor.dtype]
+
+
+if triton is not None:
+
+    @triton.jit
+    def chunk_pointer(addresses, row, n, place, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+        """Return the typed pointer of list `row` at tensor `place`."""
+        pointer = tl.load(addresses + row * n + place).to(tl.pointer_type(DTYPE))
+        if ALIGNED:
+            # The hint must be on the pointer: it does not pass through the cast.
+            pointer = tl.multiple_of(pointer, 16)
+        return pointer
+
+    @triton.jit
+    def chunk_bounds(chunks, ALIGNED: tl.constexpr):
+        """Return this program's (tensor, segment, begin, end)."""
+        row = chunks + tl.program_id(0).to(tl.int64) * 4
+        begin = tl.load(row + 2)
+        if ALIGNED:
+            begin = tl.multiple_of(begin, 16)
+        return tl.load(row), tl.load(row + 1), begin, tl.load(row + 3)
+
+    @triton.jit
+    def chunk_load(at, i, end, MASKED: tl.constexpr):
+        """Load elements `i` as float32; zero past the end.
+
+        Whole blocks go without a mask: one of unknown length would split the wide loads.
+        """
+        if MASKED:
+            return tl.load(at + i, mask=i < end, other=0.0).to(tl.float32)
+        else:
+            return tl.load(at + i).to(tl.float32)
+
+    @triton.jit
+    def chunk_store(at, i, end, value, MASKED: tl.constexpr):
+        """Store elements `i` in the pointer's type."""
+        if MASKED:
+            tl.store(at + i, value.to(at.dtype.element_ty), mask=i < end)
+        else:
+            tl.store(at + i, value.to(at.dtype.element_ty))
+
+    @triton.jit
+    def _segment_sums(partials, segments, sums, n_chunks, n_segments, BLOCK: tl.constexpr):
+        segment = tl.program_id(0)
+        row = tl.program_id(1)
+        first = tl.load(segments + segment * 2)
+        last = tl.load(segments + segment * 2 + 1)
+        lanes = tl.arange(0, BLOCK)
+        total = tl.zeros([BLOCK], tl.float32)
+        for at in range(first, last, BLOCK):
+            inside = at + lanes < last
+            total += tl.load(partials + row * n_chunks + at + lanes, mask=inside, other=0.0)
+        tl.store(sums + row * n_segments + segment, tl.sum(total, 0))
