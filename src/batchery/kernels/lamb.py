@@ -27,6 +27,7 @@ from batchery.kernels.multi_tensor import (
     chunk_pointer,
     chunk_store,
     prepared_grads,
+    segment_rows,
     squared_norms,
     tl,
     triton,
@@ -70,11 +71,11 @@ class LambRule:
 
 
 def lamb_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
     rule: LambRule,
     lr: float | Tensor,
     *,
@@ -108,7 +109,15 @@ def lamb_step_(
         if table is None:
             table = ChunkTable(params, blocks=rule.blocks)
         lists = (params, grads, exp_avgs, exp_avg_sqs, steps)
-        return _fused_cuda(lists, rule, lr, grad_divisor, found_inf, reduce_norms, table)
+        return fused_cuda(
+            lists,
+            rule,
+            lr,
+            table,
+            grad_divisor=grad_divisor,
+            found_inf=found_inf,
+            reduce=reduce_norms,
+        )
     grads = prepared_grads(
         grads, exp_avgs[0].dtype, grad_divisor, rule.maximize and impl != "fused"
     )
@@ -173,11 +182,11 @@ def _direction(x: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor, rule: L
 
 
 def _directions_foreach(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
     rule: LambRule,
 ) -> list[Tensor]:
     torch._foreach_mul_(exp_avgs, rule.beta1)
@@ -200,9 +209,7 @@ def _directions_foreach(
     return directions
 
 
-def fused_cpu_supports(
-    params: Sequence[Tensor], exp_avgs: Sequence[Tensor], rule: LambRule
-) -> bool:
+def fused_cpu_supports(params: list[Tensor], exp_avgs: list[Tensor], rule: LambRule) -> bool:
     """Say whether torch's fused Adam kernel on the CPU computes this rule's direction."""
     same = all(x.dtype == m.dtype for x, m in zip(params, exp_avgs, strict=True))
     floating = params[0].dtype in (torch.float32, torch.float64)
@@ -210,11 +217,11 @@ def fused_cpu_supports(
 
 
 def _directions_fused_cpu(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
     rule: LambRule,
     found_inf: Tensor | None,
 ) -> list[Tensor]:
@@ -241,7 +248,7 @@ def _directions_fused_cpu(
 
 
 def _ratios(
-    params: Sequence[Tensor], directions: Sequence[Tensor], rule: LambRule, reduce: Reduce | None
+    params: list[Tensor], directions: list[Tensor], rule: LambRule, reduce: Reduce | None
 ) -> Tensor:
     dtype = directions[0].dtype if directions[0].dtype == torch.float64 else torch.float32
     if not rule.adapt:
@@ -252,8 +259,8 @@ def _ratios(
 
 
 def _apply_single(
-    params: Sequence[Tensor],
-    directions: Sequence[Tensor],
+    params: list[Tensor],
+    directions: list[Tensor],
     ratios: Tensor,
     rule: LambRule,
     lr: float | Tensor,
@@ -263,12 +270,12 @@ def _apply_single(
         if rule.decoupled:
             wide = wide * (1 - lr * rule.weight_decay)
         ratio = ratios[place * rule.blocks : (place + 1) * rule.blocks]
-        scaled = u.reshape(rule.blocks, -1) * (lr * ratio)[:, None]
+        scaled = segment_rows(u, rule.blocks) * (lr * ratio)[:, None]
         x.copy_(wide - scaled.reshape(x.shape))
 
 
 def _apply_foreach(
-    params: Sequence[Tensor],
+    params: list[Tensor],
     directions: list[Tensor],
     ratios: Tensor,
     rule: LambRule,
@@ -283,7 +290,7 @@ def _apply_foreach(
     if rule.blocks > 1:
         for place, u in enumerate(directions):
             own = scales[place * rule.blocks : (place + 1) * rule.blocks]
-            u.view(rule.blocks, -1).mul_(own[:, None])
+            segment_rows(u, rule.blocks).mul_(own[:, None])
         torch._foreach_add_(wide, directions)
     elif params[0].is_cpu:
         for x, u, scale in zip(wide, directions, scales.tolist(), strict=True):
@@ -295,17 +302,19 @@ def _apply_foreach(
         torch._foreach_copy_(params, wide)
 
 
-def _fused_cuda(
-    lists: Sequence[Sequence[Tensor]],
+def fused_cuda(
+    lists: Sequence[list[Tensor]],
     rule: LambRule,
     lr: float | Tensor,
-    grad_divisor: Tensor | None,
-    found_inf: Tensor | None,
-    reduce: Reduce | None,
     table: ChunkTable,
+    *,
+    grad_divisor: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    reduce: Reduce | None = None,
     block: int = BLOCK,
     warps: int = WARPS,
 ) -> Tensor:
+    """Step (params, grads, exp_avgs, exp_avg_sqs, steps) by the Triton kernels."""
     addresses, aligned = table.addresses(*lists)
     params, grads, moments = lists[:3]
     logs = [math.log(beta) if beta > 0 else -math.inf for beta in (rule.beta1, rule.beta2)]

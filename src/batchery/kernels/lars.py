@@ -26,6 +26,7 @@ from batchery.kernels.multi_tensor import (
     chunk_pointer,
     chunk_store,
     prepared_grads,
+    segment_rows,
     squared_norms,
     tl,
     triton,
@@ -58,9 +59,9 @@ class LarsRule:
 
 
 def lars_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
     rule: LarsRule,
     lr: float | Tensor,
     *,
@@ -95,7 +96,16 @@ def lars_step_(
         if table is None:
             table = ChunkTable(params, blocks=rule.blocks)
         lists = (params, grads, momentum_buffers or params)
-        return _fused_cuda(lists, rule, lr, first, grad_divisor, found_inf, reduce_norms, table)
+        return fused_cuda(
+            lists,
+            rule,
+            lr,
+            table,
+            first=first,
+            grad_divisor=grad_divisor,
+            found_inf=found_inf,
+            reduce=reduce_norms,
+        )
     wide_dtype = momentum_buffers[0].dtype if momentum_buffers else params[0].dtype
     grads = prepared_grads(grads, wide_dtype, grad_divisor, rule.maximize)
     wide = [x.to(wide_dtype) for x in params]
@@ -131,8 +141,8 @@ def local_rates(squares: Tensor, rule: LarsRule, lr: float | Tensor) -> Tensor:
 
 
 def _ratios(
-    params: Sequence[Tensor],
-    measured: Sequence[Tensor],
+    params: list[Tensor],
+    measured: list[Tensor],
     rule: LarsRule,
     lr: float | Tensor,
     reduce: Callable[[Tensor], Tensor] | None,
@@ -144,9 +154,7 @@ def _ratios(
     return local_rates(squares if reduce is None else reduce(squares), rule, lr)
 
 
-def _average(
-    buffers: Sequence[Tensor], decayed: Sequence[Tensor], rule: LarsRule, first: bool
-) -> None:
+def _average(buffers: list[Tensor], decayed: list[Tensor], rule: LarsRule, first: bool) -> None:
     """Algorithm 1 of the LAMB paper: an exponential average from zero."""
     if first:
         torch._foreach_zero_(buffers)
@@ -160,7 +168,7 @@ def _buffer_weight(rule: LarsRule, first: bool) -> float:
 
 
 def _apply_single(
-    params: Sequence[Tensor],
+    params: list[Tensor],
     directions: list[Tensor],
     buffers: list[Tensor],
     ratios: Tensor,
@@ -170,7 +178,7 @@ def _apply_single(
 ) -> None:
     for place, (x, d) in enumerate(zip(params, directions, strict=True)):
         ratio = ratios[place * rule.blocks : (place + 1) * rule.blocks]
-        scaled = (d.reshape(rule.blocks, -1) * ratio[:, None].to(d.dtype)).reshape(x.shape)
+        scaled = (segment_rows(d, rule.blocks) * ratio[:, None].to(d.dtype)).reshape(x.shape)
         inner = lr if rule.lr_in_momentum else 1.0
         outer = 1.0 if rule.lr_in_momentum else lr
         move = scaled * inner
@@ -183,7 +191,7 @@ def _apply_single(
 
 
 def _apply_foreach(
-    params: Sequence[Tensor],
+    params: list[Tensor],
     directions: list[Tensor],
     buffers: list[Tensor],
     ratios: Tensor,
@@ -194,7 +202,7 @@ def _apply_foreach(
     scales = ratios * lr if rule.lr_in_momentum else ratios
     scales = scales.to(directions[0].dtype)
     if rule.blocks > 1:
-        rows = [d.reshape(rule.blocks, -1) for d in directions]
+        rows = [segment_rows(d, rule.blocks) for d in directions]
         parts = scales.view(-1, rule.blocks).unbind()
         moves = [
             (row * part[:, None]).reshape(x.shape)
@@ -220,18 +228,20 @@ def _apply_foreach(
         torch._foreach_sub_(params, moves, alpha=lr)
 
 
-def _fused_cuda(
-    lists: Sequence[Sequence[Tensor]],
+def fused_cuda(
+    lists: Sequence[list[Tensor]],
     rule: LarsRule,
     lr: float | Tensor,
-    first: bool,
-    grad_divisor: Tensor | None,
-    found_inf: Tensor | None,
-    reduce: Callable[[Tensor], Tensor] | None,
     table: ChunkTable,
+    *,
+    first: bool,
+    grad_divisor: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    reduce: Callable[[Tensor], Tensor] | None = None,
     block: int = BLOCK,
     warps: int = WARPS,
 ) -> Tensor:
+    """Step (params, grads, momentum buffers) by the Triton kernels."""
     addresses, aligned = table.addresses(*lists)
     params, grads, buffers = lists
     grid = (len(table.chunks),)

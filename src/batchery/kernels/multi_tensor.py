@@ -26,6 +26,23 @@ try:
 except ModuleNotFoundError:  # the torch forms work without it
     triton = None
 
+__all__ = [
+    "ChunkTable",
+    "Impl",
+    "chunk_bounds",
+    "chunk_load",
+    "chunk_pointer",
+    "chunk_store",
+    "prepared_grads",
+    "require_fused",
+    "segment_rows",
+    "squared_norms",
+    "tl",
+    "triton",
+    "triton_dtype",
+    "triton_ready",
+]
+
 Impl = Literal["single", "foreach", "fused"]
 
 CHUNK = 32768  # elements per program; large enough to hide the table reads, small enough to balance
@@ -133,7 +150,7 @@ def require_fused(owner: str, tensors: Sequence[Tensor]) -> None:
 
 
 def prepared_grads(
-    grads: Sequence[Tensor], dtype: torch.dtype, divisor: Tensor | None, negate: bool
+    grads: list[Tensor], dtype: torch.dtype, divisor: Tensor | None, negate: bool
 ) -> list[Tensor]:
     """Return gradients in the moments' dtype, divided and negated; the originals stay."""
     ready = [grad.to(dtype) for grad in grads]
@@ -142,7 +159,12 @@ def prepared_grads(
     return [-grad for grad in ready] if negate else ready
 
 
-def squared_norms(tensors: Sequence[Tensor], blocks: int, dtype: torch.dtype) -> Tensor:
+def segment_rows(tensor: Tensor, blocks: int) -> Tensor:
+    """View a tensor as one row per segment; its shape is spelt out, for it may be empty."""
+    return tensor.reshape(blocks, tensor.numel() // blocks)
+
+
+def squared_norms(tensors: list[Tensor], blocks: int, dtype: torch.dtype) -> Tensor:
     """Return the squared norm of each segment, `(n · blocks,)`."""
     if blocks == 1:
         if tensors[0].is_cpu and tensors[0].dtype == dtype:
@@ -150,7 +172,7 @@ def squared_norms(tensors: Sequence[Tensor], blocks: int, dtype: torch.dtype) ->
             flat = [tensor.reshape(-1) for tensor in tensors]
             return torch.stack([torch.dot(one, one) for one in flat])
         return torch.stack(torch._foreach_norm(tensors, 2, dtype)).square()
-    rows = [tensor.reshape(blocks, -1) for tensor in tensors]
+    rows = [segment_rows(tensor, blocks) for tensor in tensors]
     return torch.cat([torch.linalg.vector_norm(r, dim=1, dtype=dtype) for r in rows]).square()
 
 

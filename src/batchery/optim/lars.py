@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""LARS: momentum SGD whose gradient in every layer is scaled to the layer's weights.
+
+Use it for large-batch convolutional training and for recipes published with it (SimCLR, BYOL,
+Barlow Twins). Do not use it at ordinary batches, where plain SGD is as good and has one setting
+fewer, nor for transformers, where LAMB or AdamW is the better start.
+
+Per tensor x with gradient g:
+
+    r = η ‖x‖ / (‖g‖ + λ ‖x‖ + eps)        1 where ‖x‖ or ‖g‖ is 0
+    d = r · (g + λ x)
+    b ← μ b + (1 - dampening) d            b = d at the first step
+    x ← x - lr · b                         Nesterov: x - lr · (d + μ b)
+
+Variants in the wild, by `variant`: `"grad"` as above (LARS paper, apex LARC, timm); `"update"` has
+r = η ‖x‖ / ‖g + λ x‖ (optax, the SimCLR code); `"momentum"` is Algorithm 1 of the LAMB paper,
+b ← μ b + (1-μ)(g + λ x), x ← x - lr · η ‖x‖ / ‖b‖ · b, to be used with `trust_coefficient=1`.
+
+Reference: You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks",
+arXiv 1708.03888; the momentum variant: arXiv 1904.00962.
+
+Where we differ: the original keeps lr inside the buffer, which differs from the above when lr
+changes between steps; `lr_in_momentum=True` reproduces it. `trust_clip=True` is apex's LARC: the
+local rate never exceeds the global one. The arithmetic is in `batchery.kernels.lars`.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from batchery._core.validate import number, one_of, require
+from batchery.kernels.lars import LarsRule, lars_step_
+from batchery.optim.layerwise import Bucket, LayerwiseOptimizer
+
+
+class LARS(LayerwiseOptimizer):
+    """Layer-wise adaptive rate scaling.
+
+    All settings but `foreach`, `fused` and `capturable` may differ by group.
+
+    Args:
+        params: parameters, named parameters, or groups (`layer_adaptation_groups` makes them).
+        lr: global learning rate; a 0-d tensor is read on its device.
+        momentum: μ, in [0, 1).
+        dampening: share of a new direction that is kept out of the buffer.
+        weight_decay: λ, added to the gradient.
+        nesterov: look ahead along the buffer; needs momentum and no dampening.
+        trust_coefficient: η, the local rate of a layer whose gradient is as long as its weights.
+        eps: added to the denominator of the local rate.
+        adapt: scale steps by the local rate; `"auto"` does so in groups with weight decay.
+        variant: which norm is in the denominator; see the module.
+        trust_clip: cap the local rate at the global one (LARC).
+        lr_in_momentum: multiply by lr before the buffer, not after it.
+        blocks: cut dimension 0 into this many equal parts, each with its own rate.
+        maximize: ascend.
+        foreach: use torch's multi-tensor operations; None chooses the fastest form there is.
+        fused: use the fused Triton kernels (CUDA).
+        capturable: accepted for symmetry with torch.optim; LARS has no step counter.
+
+    Raises:
+        ValueError: a setting is outside its range; the message names it and its value.
+        TypeError: parameters or gradients are complex, integer or sparse.
+        RuntimeError: `fused=True` where there is no kernel; device and dtype are named.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> optimizer = LARS([weight], lr=1.0, adapt=True, trust_coefficient=0.1)
+        >>> (weight[0] * 7).backward()
+        >>> optimizer.step()
+        >>> weight.detach()  # moved by η ‖x‖ = 0.5 along the gradient, whatever its length
+        tensor([2.5000, 4.0000])
+    """
+
+    STATES = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1.0,
+        momentum: float = 0.9,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        *,
+        nesterov: bool = False,
+        trust_coefficient: float = 1e-3,
+        eps: float = 0.0,
+        adapt: bool | Literal["auto"] = "auto",
+        variant: Literal["grad", "update", "momentum"] = "grad",
+        trust_clip: bool = False,
+        lr_in_momentum: bool = False,
+        blocks: int = 1,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+    ) -> None:
+        """Check the settings and build the groups; see the class."""
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "trust_coefficient": trust_coefficient,
+            "eps": eps,
+            "adapt": adapt,
+            "variant": variant,
+            "trust_clip": trust_clip,
+            "lr_in_momentum": lr_in_momentum,
+            "blocks": blocks,
+            "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+            "capturable": capturable,
+        }
+        super().__init__(params, defaults)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise when a group's settings make no sense."""
+        number("LARS", "momentum", group["momentum"], at_least=0, below=1)
+        number("LARS", "dampening", group["dampening"], at_least=0, at_most=1)
+        number("LARS", "trust_coefficient", group["trust_coefficient"], above=0)
+        number("LARS", "eps", group["eps"], at_least=0)
+        one_of("LARS", "variant", group["variant"], ("grad", "update", "momentum"))
+        settings = (group["momentum"], group["dampening"])
+        possible = not group["nesterov"] or (settings[0] > 0 and settings[1] == 0)
+        rule = "needs momentum > 0 and dampening 0"
+        require(possible, "LARS", "nesterov", rule, settings)
+
+    def rule(self, group: dict[str, Any]) -> LarsRule:
+        """Return a group's settings as the kernels take them."""
+        return LarsRule(
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            trust_coefficient=group["trust_coefficient"],
+            eps=group["eps"],
+            adapt=self.adapts(group),
+            variant=group["variant"],
+            trust_clip=group["trust_clip"],
+            lr_in_momentum=group["lr_in_momentum"],
+            blocks=group["blocks"],
+            maximize=group["maximize"],
+        )
+
+    def init_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Nothing is made before the first step, whose buffer starts at the first direction."""
+
+    def bucket_key(self, parameter: Tensor) -> object:
+        """Keep first steps apart from later ones."""
+        return self._is_first(parameter)
+
+    def _is_first(self, parameter: Tensor) -> bool:
+        return self.state[parameter].get("momentum_buffer") is None
+
+    def update(self, bucket: Bucket, divisor: Tensor | None, found_inf: Tensor | None) -> Tensor:
+        """Step one bucket and return its local rates."""
+        rule = self.rule(bucket.group)
+        first = self._is_first(bucket.params[0])
+        needed = rule.momentum != 0 or (rule.variant == "momentum" and rule.adapt)
+        if first and needed:
+            for parameter in bucket.params:
+                dtype = self.state_dtype(parameter, bucket.group)
+                buffer = torch.zeros_like(parameter, dtype=dtype)
+                self.state[parameter]["momentum_buffer"] = buffer
+        return lars_step_(
+            bucket.local,
+            bucket.grads,
+            bucket.states(self, "momentum_buffer") if needed else [],
+            rule,
+            bucket.group["lr"],
+            first=first and needed,
+            impl=bucket.impl,
+            grad_divisor=divisor,
+            found_inf=found_inf,
+            reduce_norms=bucket.reduce,
+            table=self.table(bucket),
+        )

@@ -1,0 +1,415 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What LAMB and LARS share: rules for groups and learning rates, and the walk over parameters.
+
+A layer-wise optimizer scales each tensor's step by a ratio of norms. Which tensors adapt is a
+matter of parameter groups (`layer_adaptation_groups`); how a learning rate follows the batch is a
+pure function (`scale_lr`, `warmup_fraction`); everything else about such an optimizer (choosing a
+form, sharded norms, telemetry, saved state) is in `LayerwiseOptimizer`.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from batchery._core.dist import all_reduce_sum_
+from batchery._core.validate import integer, number, one_of, require, require_type
+from batchery.kernels.multi_tensor import ChunkTable, Impl, require_fused, triton_ready
+
+NORMS: tuple[type[nn.Module], ...] = (
+    nn.LayerNorm,
+    nn.modules.batchnorm._BatchNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+)
+
+
+def layer_adaptation_groups(
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    skip_1d: bool = True,
+    skip_names: Sequence[str] = ("bias",),
+    skip_modules: tuple[type[nn.Module], ...] = NORMS,
+) -> list[dict[str, Any]]:
+    """Split a model's parameters into those that decay and adapt, and those that do neither.
+
+    With `adapt="auto"` an optimizer adapts the groups whose weight decay is not zero, so the two
+    groups are all that LAMB and LARS need. A parameter shared by two modules appears once.
+
+    Args:
+        model: any module; frozen parameters are left out.
+        weight_decay: decay of the first group.
+        skip_1d: put tensors with fewer than two dimensions into the second group.
+        skip_names: last parts of parameter names that belong to the second group.
+        skip_modules: classes whose own parameters belong to the second group.
+
+    Returns:
+        Two groups with named parameters, `{"params": [(name, tensor), …], "weight_decay": …}`;
+        an empty one is left out.
+
+    Raises:
+        ValueError: the model has no trainable parameter, or `weight_decay` is negative.
+
+    Example:
+        >>> groups = layer_adaptation_groups(nn.Linear(3, 2), weight_decay=0.01)
+        >>> [(g["weight_decay"], [name for name, _ in g["params"]]) for g in groups]
+        [(0.01, ['weight']), (0.0, ['bias'])]
+    """
+    owner = "layer_adaptation_groups"
+    number(owner, "weight_decay", weight_decay, at_least=0)
+    adapted: list[tuple[str, Tensor]] = []
+    plain: list[tuple[str, Tensor]] = []
+    seen: set[Tensor] = set()
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad or parameter in seen:
+                continue
+            seen.add(parameter)
+            skipped = (
+                (skip_1d and parameter.ndim < 2)
+                or name in skip_names
+                or isinstance(module, skip_modules)
+            )
+            full = f"{prefix}.{name}" if prefix else name
+            (plain if skipped else adapted).append((full, parameter))
+    require(bool(seen), owner, "model", "must have trainable parameters", type(model).__name__)
+    groups = [
+        {"params": adapted, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def scale_lr(
+    lr: float, batch: int, base_batch: int, rule: Literal["sqrt", "linear"] = "sqrt"
+) -> float:
+    """Return the learning rate for another batch size.
+
+    The LAMB paper uses the square root, `lr · sqrt(batch / base_batch)`; large-batch SGD and LARS
+    the linear rule.
+
+    Raises:
+        ValueError: a batch size below 1, a negative `lr` or an unknown rule.
+
+    Example:
+        >>> scale_lr(6.25e-4, 32768, 512)
+        0.005
+    """
+    owner = "scale_lr"
+    number(owner, "lr", lr, at_least=0)
+    ratio = integer(owner, "batch", batch, at_least=1) / integer(
+        owner, "base_batch", base_batch, at_least=1
+    )
+    one_of(owner, "rule", rule, ("sqrt", "linear"))
+    return lr * (math.sqrt(ratio) if rule == "sqrt" else ratio)
+
+
+def warmup_fraction(batch: int, base_batch: int = 512, base_fraction: float = 1 / 320) -> float:
+    """Return the share of all steps that warms up, by the LAMB paper's linear-epoch rule.
+
+    The share grows with the batch (so the warm-up sees the same number of epochs at any batch
+    size per unit of learning rate) and is capped at 1.
+
+    Example:
+        >>> warmup_fraction(32768)
+        0.2
+    """
+    owner = "warmup_fraction"
+    number(owner, "base_fraction", base_fraction, above=0, at_most=1)
+    ratio = integer(owner, "batch", batch, at_least=1) / integer(
+        owner, "base_batch", base_batch, at_least=1
+    )
+    return min(1.0, base_fraction * ratio)
+
+
+@dataclass
+class Bucket:
+    """Parameters of one group that go through one kernel call."""
+
+    group: dict[str, Any]
+    params: list[Tensor]  # as the user holds them
+    local: list[Tensor]  # this rank's part of each
+    grads: list[Tensor]  # this rank's part of each gradient
+    reduce: Callable[[Tensor], Tensor] | None
+    impl: Impl
+
+    def states(self, optimizer: Optimizer, key: str) -> list[Tensor]:
+        """Return this rank's part of one kind of state, in the order of `params`."""
+        return [_local(optimizer.state[p][key]) for p in self.params]
+
+
+class LayerwiseOptimizer(Optimizer, ABC):
+    """Base of LAMB and LARS: walks the groups and hands buckets of tensors to a kernel.
+
+    A subclass names its tensors per parameter in `STATES`, checks its groups, makes its state and
+    steps a bucket.
+    """
+
+    STATES: tuple[str, ...] = ()
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        """Check the settings shared by all groups and build the groups."""
+        self._forget()
+        owner = type(self).__name__
+        both = bool(defaults["foreach"]) and bool(defaults["fused"])
+        require(not both, owner, "foreach and fused", "cannot both be True", (True, True))
+        super().__init__(params, defaults)
+        # Then GradScaler hands over its scale and flag instead of waiting for the flag itself.
+        self._step_supports_amp_scaling = bool(defaults["fused"])
+
+    def _forget(self) -> None:
+        self._ratios: list[tuple[Bucket, Tensor]] = []
+        self._tables: dict[tuple[Any, ...], ChunkTable] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore from a pickle or a deep copy: tables and telemetry are made anew."""
+        super().__setstate__(state)
+        self._forget()
+        self._step_supports_amp_scaling = bool(self.defaults["fused"])
+
+    @abstractmethod
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise when a group's settings make no sense."""
+
+    def supports_fused_cpu(self, group: dict[str, Any], params: Sequence[Tensor]) -> bool:
+        """Say whether there is a fused form for these parameters on the CPU."""
+        return False
+
+    @abstractmethod
+    def update(self, bucket: Bucket, divisor: Tensor | None, found_inf: Tensor | None) -> Tensor:
+        """Step one bucket and return its ratios."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its settings are checked like the constructor's."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        owner = type(self).__name__
+        try:
+            lr = group["lr"]
+            if isinstance(lr, Tensor):
+                require(lr.numel() == 1, owner, "lr", "must have one element", tuple(lr.shape))
+            else:
+                number(owner, "lr", lr, at_least=0)
+            number(owner, "weight_decay", group["weight_decay"], at_least=0)
+            require(group["adapt"] in (True, False, "auto"), owner, "adapt", ADAPT, group["adapt"])
+            integer(owner, "blocks", group["blocks"], at_least=1)
+            self.check_group(group)
+            for parameter in group["params"]:
+                _check_parameter(owner, parameter, group)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def adapts(self, group: dict[str, Any]) -> bool:
+        """Say whether a group's steps are scaled by norms."""
+        return bool(group["weight_decay"] != 0 if group["adapt"] == "auto" else group["adapt"])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        buckets = [bucket for group in self.param_groups for bucket in self._buckets(group)]
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        divisor = self._divisor(buckets, scale)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        self._ratios = [(b, self.update(b, divisor, found_inf)) for b in buckets]
+        return loss
+
+    def _divisor(self, buckets: Sequence[Bucket], scale: Tensor | None) -> Tensor | None:
+        """Return what all gradients are divided by, on the device, or None."""
+        limit = self.defaults.get("max_grad_norm")
+        if limit is None or not buckets:
+            return scale
+        squares = []
+        for bucket in buckets:
+            norms = torch.stack(torch._foreach_norm(bucket.grads, 2, torch.float32))
+            own = norms.square().sum()
+            squares.append(own if bucket.reduce is None else bucket.reduce(own))
+        total = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+        if scale is not None:
+            total = total / scale
+        clip: Tensor = (total / limit).clamp(min=1.0)
+        return clip if scale is None else clip * scale
+
+    def _buckets(self, group: dict[str, Any]) -> Iterable[Bucket]:
+        """Sort a group's parameters that have gradients by what one kernel call can take."""
+        found: dict[tuple[Any, ...], Bucket] = {}
+        for parameter in group["params"]:
+            grad = parameter.grad
+            if grad is None:
+                continue
+            owner = type(self).__name__
+            require_type(not grad.is_sparse, owner, "gradients", "must be dense", grad)
+            self.init_state(parameter, group)
+            if isinstance(parameter, DTensor) and grad.placements != parameter.placements:
+                grad = grad.redistribute(placements=parameter.placements)
+            local, local_grad = _local(parameter), _local(grad)
+            mesh, reduce = _reduction(parameter)
+            key = (local.device, local.dtype, local_grad.dtype, mesh, self.bucket_key(parameter))
+            if key not in found:
+                found[key] = Bucket(group, [], [], [], reduce, "single")
+            found[key].params.append(parameter)
+            found[key].local.append(local)
+            found[key].grads.append(local_grad)
+        for bucket in found.values():
+            bucket.impl = self._form(bucket)
+            yield bucket
+
+    def bucket_key(self, parameter: Tensor) -> object:
+        """Return what else, besides dtype, device and mesh, must be equal within a bucket."""
+        return None
+
+    def _form(self, bucket: Bucket) -> Impl:
+        """Choose the form of the step; what was asked for and is not there is an error."""
+        group, owner = bucket.group, type(self).__name__
+        tensors = [*bucket.local, *bucket.grads, *self._local_states(bucket)]
+        first = bucket.local[0]
+        if group["fused"]:
+            if first.is_cpu and self.supports_fused_cpu(group, bucket.params):
+                return "fused"
+            require_fused(owner, tensors)
+            return "fused"
+        if group["foreach"] is not None or group["fused"] is False:
+            return "single" if group["foreach"] is False else "foreach"
+        if first.is_cpu:
+            return "fused" if self.supports_fused_cpu(group, bucket.params) else "foreach"
+        ready = all(triton_ready(tensor) and tensor.is_contiguous() for tensor in tensors)
+        return "fused" if ready else "foreach"
+
+    def _local_states(self, bucket: Bucket) -> list[Tensor]:
+        return [
+            _local(self.state[p][key])
+            for p in bucket.params
+            for key in self.STATES
+            if key in self.state[p]
+        ]
+
+    @abstractmethod
+    def init_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Make a parameter's state when it has none."""
+
+    def table(self, bucket: Bucket) -> ChunkTable | None:
+        """Return the chunk table for a fused CUDA step; tables are kept between steps."""
+        if bucket.impl != "fused" or not bucket.local[0].is_cuda:
+            return None
+        key = (bucket.group["blocks"], *(id(p) for p in bucket.params))
+        if key not in self._tables:
+            self._tables[key] = ChunkTable(bucket.local, blocks=bucket.group["blocks"])
+        return self._tables[key]
+
+    def state_dtype(self, parameter: Tensor, group: dict[str, Any]) -> torch.dtype:
+        """Return the dtype of a parameter's moments: at least float32."""
+        wanted: torch.dtype | None = group.get("state_dtype")
+        if wanted is not None:
+            return wanted
+        return torch.promote_types(parameter.dtype, torch.float32)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a saved state, whose moments keep their own dtype.
+
+        The state of `torch.optim.AdamW` (for LAMB) or `SGD` (for LARS) loads too, as a warm start;
+        settings that it lacks keep this optimizer's values.
+        """
+        old = self.param_groups
+        super().load_state_dict(state_dict)
+        for group, before in zip(self.param_groups, old, strict=True):
+            for name, value in before.items():
+                group.setdefault(name, value)
+        # torch casts floating state to the parameter's dtype, which would cut float32 moments of
+        # bfloat16 parameters: take them from the saved state again.
+        saved = state_dict["state"]
+        places = [place for group in state_dict["param_groups"] for place in group["params"]]
+        pairs = [(p, group) for group in self.param_groups for p in group["params"]]
+        for place, (parameter, group) in zip(places, pairs, strict=True):
+            for key in self.STATES:
+                value = saved.get(place, {}).get(key)
+                if value is not None:
+                    dtype = self.state_dtype(parameter, group)
+                    kept = value.to(device=parameter.device, dtype=dtype, copy=True)
+                    self.state[parameter][key] = kept
+            step = self.state.get(parameter, {}).get("step")
+            if step is not None:
+                on = parameter.device if self.step_on_device(parameter, group) else "cpu"
+                step = torch.as_tensor(step, dtype=torch.float32)
+                self.state[parameter]["step"] = step.to(on, copy=True)
+        self._forget()
+
+    def step_on_device(self, parameter: Tensor, group: dict[str, Any]) -> bool:
+        """Say whether the step counter lies beside the parameter (so that nothing waits for it)."""
+        may_fuse = group["fused"] or (group["fused"] is None and group["foreach"] is None)
+        return bool(parameter.is_cuda and (group["capturable"] or may_fuse))
+
+    def trust_ratios(self) -> dict[str | int, Tensor]:
+        """Return the ratios of the last step, without waiting for the device.
+
+        Returns:
+            Parameter name (its place among all parameters, when no names were given) → float32
+            tensor on the parameter's device: 0-d, or `(blocks,)` for a group with blocks.
+        """
+        names: dict[int, str | int] = {}
+        for group in self.param_groups:
+            given = group.get("param_names")
+            for place, parameter in enumerate(group["params"]):
+                names[id(parameter)] = len(names) if given is None else given[place]
+        found = {}
+        for bucket, ratios in self._ratios:
+            rows = ratios.view(len(bucket.params), -1)
+            for parameter, row in zip(bucket.params, rows, strict=True):
+                found[names[id(parameter)]] = row if bucket.group["blocks"] > 1 else row[0]
+        return found
+
+
+ADAPT = "must be True, False or 'auto'"
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _reduction(parameter: Tensor) -> tuple[Any, Callable[[Tensor], Tensor] | None]:
+    """Return (key of the shards' mesh, sum over the ranks that share the tensor)."""
+    if not isinstance(parameter, DTensor):
+        return None, None
+    mesh, placements = parameter.device_mesh, parameter.placements
+    sharded = [axis for axis, place in enumerate(placements) if isinstance(place, Shard)]
+    if not sharded:
+        return (mesh, ()), None
+
+    def reduce(squares: Tensor) -> Tensor:
+        for axis in sharded:
+            all_reduce_sum_(squares, mesh.get_group(axis))
+        return squares
+
+    return (mesh, tuple(sharded)), reduce
+
+
+def _check_parameter(owner: str, parameter: Tensor, group: dict[str, Any]) -> None:
+    real = parameter.is_floating_point()
+    require_type(real, owner, "parameters", "must be real floating-point tensors", parameter)
+    flat = getattr(parameter, "_is_flat_param", False)
+    rule = "must not be flattened by FSDP1, which hides the layers: use FSDP2 (fully_shard)"
+    require(not flat, owner, "parameters", rule, tuple(parameter.shape))
+    blocks = group["blocks"]
+    if blocks > 1:
+        shape = tuple(parameter.shape)
+        divisible = len(shape) > 0 and shape[0] % blocks == 0
+        rule = f"must divide dimension 0 of every parameter of its group ({shape})"
+        require(divisible, owner, "blocks", rule, blocks)
+        cut = isinstance(parameter, DTensor) and any(
+            isinstance(place, Shard) for place in parameter.placements
+        )
+        require(not cut, owner, "blocks", "must be 1 for a sharded parameter", blocks)
