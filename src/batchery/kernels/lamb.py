@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from batchery.kernels.multi_tensor import (
+    BLOCK,
+    WARPS,
     ChunkTable,
     Impl,
     chunk_bounds,
@@ -35,8 +37,6 @@ from batchery.kernels.multi_tensor import (
 )
 
 Reduce = Callable[[Tensor], Tensor]
-
-BLOCK, WARPS = 2048, 8  # measured best on an H200; see docs/results
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ def lamb_step_(
     found_inf: Tensor | None = None,
     reduce_norms: Reduce | None = None,
     table: ChunkTable | None = None,
+    scratch: Tensor | None = None,
 ) -> Tensor:
     """Update parameters and moments in place by one LAMB step.
 
@@ -101,6 +102,7 @@ def lamb_step_(
         reduce_norms: given the squared norms `(2, segments)` of parameters and updates on this
             rank, returns their sum over the ranks that share the tensors.
         table: chunk table of `params` for the fused CUDA form, built for `rule.blocks`.
+        scratch: memory for the fused CPU form, as long as the largest tensor.
 
     Returns:
         The trust ratio of each segment, `(n · blocks,)`, on the device.
@@ -118,29 +120,20 @@ def lamb_step_(
             found_inf=found_inf,
             reduce=reduce_norms,
         )
-    grads = prepared_grads(
-        grads, exp_avgs[0].dtype, grad_divisor, rule.maximize and impl != "fused"
-    )
+    negate = rule.maximize and impl != "fused"
+    grads = prepared_grads(grads, exp_avgs[0].dtype, grad_divisor, negate)
     if impl == "fused":
-        directions = _directions_fused_cpu(
-            params, grads, exp_avgs, exp_avg_sqs, steps, rule, found_inf
-        )
-    elif impl == "foreach":
+        return _fused_cpu(params, grads, exp_avgs, exp_avg_sqs, steps, rule, lr, found_inf, scratch)
+    if impl == "foreach":
         directions = _directions_foreach(params, grads, exp_avgs, exp_avg_sqs, steps, rule)
     else:
         directions = [
             _direction(*tensors, rule)
             for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
         ]
-    sign = 1.0 if impl == "fused" else -1.0
     ratios = _ratios(params, directions, rule, reduce_norms)
-    if found_inf is not None:
-        # The moments' kernel left everything alone; the step must come to nothing as well.
-        lr = lr * (1 - found_inf)
-    if impl == "single":
-        _apply_single(params, directions, ratios, rule, lr)
-    else:
-        _apply_foreach(params, directions, ratios, rule, lr, sign)
+    apply = _apply_foreach if impl == "foreach" else _apply_single
+    apply(params, directions, ratios, rule, lr)
     return ratios
 
 
@@ -216,35 +209,53 @@ def fused_cpu_supports(params: list[Tensor], exp_avgs: list[Tensor], rule: LambR
     return same and floating and rule.bias_correction and rule.grad_averaging
 
 
-def _directions_fused_cpu(
+def _fused_cpu(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     steps: list[Tensor],
     rule: LambRule,
+    lr: float | Tensor,
     found_inf: Tensor | None,
-) -> list[Tensor]:
-    """Update the moments and return minus the directions."""
-    # Adam at learning rate 1, started from -λx, ends at -(m̂ / (sqrt(v̂) + eps) + λx).
-    negated = [x * -rule.coupled_decay for x in params]
-    torch._fused_adam_(
-        negated,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        [],
-        steps,
-        lr=1.0,
-        beta1=rule.beta1,
-        beta2=rule.beta2,
-        weight_decay=0.0,
-        eps=rule.eps,
-        amsgrad=False,
-        maximize=rule.maximize,
-        found_inf=found_inf,
-    )
-    return negated
+    scratch: Tensor | None,
+) -> Tensor:
+    """Go segment by segment, so that a direction is used while it is still in the cache."""
+    segments = [
+        (*parts, step)
+        for *tensors, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
+        for parts in zip(*(segment_rows(t, rule.blocks) for t in tensors), strict=True)
+    ]
+    if scratch is None:
+        scratch = torch.empty(max(x.numel() for x in params), dtype=params[0].dtype)
+    ratios = []
+    for x, g, m, v, step in segments:
+        # Adam at learning rate 1, started from -λx, ends at -(m̂ / (sqrt(v̂) + eps) + λx).
+        negated = torch.mul(x, -rule.coupled_decay, out=scratch[: x.numel()])
+        torch._fused_adam_(
+            [negated],
+            [g],
+            [m],
+            [v],
+            [],
+            [step],
+            lr=1.0,
+            beta1=rule.beta1,
+            beta2=rule.beta2,
+            weight_decay=0.0,
+            eps=rule.eps,
+            amsgrad=False,
+            maximize=rule.maximize,
+            found_inf=found_inf,
+        )
+        # BLAS reads memory several times faster than the CPU's norm reduction.
+        squares = torch.stack([torch.dot(x, x), torch.dot(negated, negated)])
+        ratios.append(trust_ratios(squares[:, None], rule))
+        if found_inf is None or not found_inf:
+            if rule.decoupled and rule.weight_decay:
+                x.mul_(1 - lr * rule.weight_decay)
+            x.add_(negated, alpha=float(lr * ratios[-1]))
+    return torch.cat(ratios)
 
 
 def _ratios(
@@ -280,10 +291,9 @@ def _apply_foreach(
     ratios: Tensor,
     rule: LambRule,
     lr: float | Tensor,
-    sign: float,
 ) -> None:
     dtype = directions[0].dtype
-    scales = (sign * lr * ratios).to(dtype)
+    scales = (-lr * ratios).to(dtype)
     wide = [x.to(dtype) for x in params]  # the parameters themselves when they are wide enough
     if rule.decoupled and rule.weight_decay:
         torch._foreach_mul_(wide, 1 - lr * rule.weight_decay)

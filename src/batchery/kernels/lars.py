@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from batchery.kernels.multi_tensor import (
+    BLOCK,
+    WARPS,
     ChunkTable,
     Impl,
     chunk_bounds,
@@ -34,7 +36,6 @@ from batchery.kernels.multi_tensor import (
 )
 
 Variant = Literal["grad", "update", "momentum"]
-BLOCK, WARPS = 2048, 8
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def lars_step_(
     found_inf: Tensor | None = None,
     reduce_norms: Callable[[Tensor], Tensor] | None = None,
     table: ChunkTable | None = None,
+    scratch: Tensor | None = None,
 ) -> Tensor:
     """Update parameters and momentum buffers in place by one LARS step.
 
@@ -88,10 +90,14 @@ def lars_step_(
         reduce_norms: given the squared norms `(2, segments)` on this rank, returns their sum
             over the ranks that share the tensors.
         table: chunk table of `params` for the fused form, built for `rule.blocks`.
+        scratch: memory for the fused CPU form, as long as the largest tensor.
 
     Returns:
         The local learning-rate factor of each segment, `(n · blocks,)`, on the device.
     """
+    if impl == "fused" and params[0].is_cpu:
+        grads = prepared_grads(grads, params[0].dtype, grad_divisor, False)
+        return _fused_cpu(params, grads, momentum_buffers, rule, lr, first, found_inf, scratch)
     if impl == "fused":
         if table is None:
             table = ChunkTable(params, blocks=rule.blocks)
@@ -138,6 +144,52 @@ def local_rates(squares: Tensor, rule: LarsRule, lr: float | Tensor) -> Tensor:
     rate = rule.trust_coefficient * weight / bottom + 0 * update
     rate = torch.where((weight == 0) | (update == 0), torch.ones_like(rate), rate)
     return (rate / lr).clamp(max=1.0) if rule.trust_clip else rate
+
+
+def fused_cpu_supports(params: list[Tensor], rule: LarsRule) -> bool:
+    """Say whether torch's fused SGD kernel on the CPU makes this rule's step."""
+    return params[0].dtype in (torch.float32, torch.float64) and rule.variant == "grad"
+
+
+def _fused_cpu(
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor],
+    rule: LarsRule,
+    lr: float | Tensor,
+    first: bool,
+    found_inf: Tensor | None,
+    scratch: Tensor | None,
+) -> Tensor:
+    """Go segment by segment: SGD on the gradient and the decay, both scaled by the local rate."""
+    lists = (params, grads, buffers) if buffers else (params, grads)
+    segments = [
+        parts
+        for tensors in zip(*lists, strict=True)
+        for parts in zip(*(segment_rows(t, rule.blocks) for t in tensors), strict=True)
+    ]
+    if scratch is None:
+        scratch = torch.empty(max(x.numel() for x in params), dtype=params[0].dtype)
+    rates = []
+    for x, g, *buffer in segments:
+        # BLAS reads memory several times faster than the CPU's norm reduction.
+        squares = torch.stack([torch.dot(x, x), torch.dot(g, g)])
+        rates.append(local_rates(squares[:, None], rule, lr))
+        scale = float(rates[-1] * lr if rule.lr_in_momentum else rates[-1])
+        torch._fused_sgd_(
+            [x],
+            [torch.mul(g, scale, out=scratch[: g.numel()])],
+            buffer,
+            weight_decay=scale * rule.weight_decay,
+            momentum=rule.momentum,
+            lr=1.0 if rule.lr_in_momentum else float(lr),
+            dampening=rule.dampening,
+            nesterov=rule.nesterov,
+            maximize=rule.maximize,
+            is_first_step=first,
+            found_inf=found_inf,
+        )
+    return torch.cat(rates)
 
 
 def _ratios(

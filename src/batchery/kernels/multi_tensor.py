@@ -27,6 +27,8 @@ except ModuleNotFoundError:  # the torch forms work without it
     triton = None
 
 __all__ = [
+    "BLOCK",
+    "WARPS",
     "ChunkTable",
     "Impl",
     "chunk_bounds",
@@ -45,7 +47,8 @@ __all__ = [
 
 Impl = Literal["single", "foreach", "fused"]
 
-CHUNK = 32768  # elements per program; large enough to hide the table reads, small enough to balance
+# Elements per program, per loop turn, and warps: best of a sweep on an H200 (benchmarks/lamb.py).
+CHUNK, BLOCK, WARPS = 8192, 1024, 4
 VECTOR_BYTES = 16  # width of one thread's load when everything is aligned
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -99,6 +102,7 @@ class ChunkTable:
         self.segments = torch.tensor(segments, dtype=torch.int64).to(self._device)
         self._sent: list[int] = []
         self._addresses = torch.empty(0, dtype=torch.int64)
+        self._aligned = False
 
     @cached_property
     def partials(self) -> Tensor:
@@ -116,8 +120,9 @@ class ChunkTable:
             pin = self._device.type == "cuda"
             host = torch.tensor(found, dtype=torch.int64, pin_memory=pin).view(len(lists), -1)
             self._addresses = host.to(self._device, non_blocking=True)
+            self._aligned = self._whole and all(at % VECTOR_BYTES == 0 for at in found)
             self._sent = found
-        return self._addresses, self._whole and all(at % VECTOR_BYTES == 0 for at in found)
+        return self._addresses, self._aligned
 
     def segment_sums(self) -> Tensor:
         """Add up `partials` over the chunks of each segment, in fixed order: `(2, segments)`."""
@@ -167,10 +172,6 @@ def segment_rows(tensor: Tensor, blocks: int) -> Tensor:
 def squared_norms(tensors: list[Tensor], blocks: int, dtype: torch.dtype) -> Tensor:
     """Return the squared norm of each segment, `(n · blocks,)`."""
     if blocks == 1:
-        if tensors[0].is_cpu and tensors[0].dtype == dtype:
-            # BLAS reads memory several times faster than the CPU's norm reduction.
-            flat = [tensor.reshape(-1) for tensor in tensors]
-            return torch.stack([torch.dot(one, one) for one in flat])
         return torch.stack(torch._foreach_norm(tensors, 2, dtype)).square()
     rows = [segment_rows(tensor, blocks) for tensor in tensors]
     return torch.cat([torch.linalg.vector_norm(r, dim=1, dtype=dtype) for r in rows]).square()

@@ -27,7 +27,6 @@ norm to 1 always; `max_grad_norm` is off unless asked for. A parameter without a
 age, as in torch.optim. The arithmetic is in `batchery.kernels.lamb`.
 """
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -81,7 +80,7 @@ class LAMB(LayerwiseOptimizer):
         0.5
     """
 
-    STATES = ("exp_avg", "exp_avg_sq")
+    STATES = ("step", "exp_avg", "exp_avg_sq")
 
     def __init__(
         self,
@@ -160,10 +159,13 @@ class LAMB(LayerwiseOptimizer):
             maximize=group["maximize"],
         )
 
-    def supports_fused_cpu(self, group: dict[str, Any], params: Sequence[Tensor]) -> bool:
+    def supports_fused_cpu(self, bucket: Bucket) -> bool:
         """Say whether torch's fused Adam kernel can make the moments."""
-        moments = [self.state[p]["exp_avg"] for p in params]
-        return fused_cpu_supports(list(params), moments, self.rule(group))
+        return fused_cpu_supports(bucket.local, bucket.states["exp_avg"], self.rule(bucket.group))
+
+    def plan_key(self, group: dict[str, Any]) -> object:
+        """Return the settings that decide whether the CPU has a fused form."""
+        return group["bias_correction"], group["grad_averaging"]
 
     def init_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
         """Make a parameter's step counter and moments when it has none."""
@@ -173,18 +175,18 @@ class LAMB(LayerwiseOptimizer):
         dtype = self.state_dtype(parameter, group)
         device = parameter.device if self.step_on_device(parameter, group) else "cpu"
         state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        for key in self.STATES:
+        for key in self.STATES[1:]:
             state[key] = torch.zeros_like(parameter, dtype=dtype)
 
     def update(self, bucket: Bucket, divisor: Tensor | None, found_inf: Tensor | None) -> Tensor:
         """Step one bucket and return its trust ratios."""
-        steps = [self.state[p]["step"] for p in bucket.params]
+        steps = bucket.states["step"]
         torch._foreach_add_(steps, 1)
         ratios = lamb_step_(
             bucket.local,
             bucket.grads,
-            bucket.states(self, "exp_avg"),
-            bucket.states(self, "exp_avg_sq"),
+            bucket.states["exp_avg"],
+            bucket.states["exp_avg_sq"],
             steps,
             self.rule(bucket.group),
             bucket.group["lr"],
@@ -192,7 +194,8 @@ class LAMB(LayerwiseOptimizer):
             grad_divisor=divisor,
             found_inf=found_inf,
             reduce_norms=bucket.reduce,
-            table=self.table(bucket),
+            table=bucket.table,
+            scratch=bucket.scratch,
         )
         if found_inf is not None:
             torch._foreach_sub_(steps, [found_inf.to(steps[0].device)] * len(steps))

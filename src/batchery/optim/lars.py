@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from batchery._core.validate import number, one_of, require
-from batchery.kernels.lars import LarsRule, lars_step_
+from batchery.kernels.lars import LarsRule, fused_cpu_supports, lars_step_
 from batchery.optim.layerwise import Bucket, LayerwiseOptimizer
 
 
@@ -146,36 +146,48 @@ class LARS(LayerwiseOptimizer):
             maximize=group["maximize"],
         )
 
+    def supports_fused_cpu(self, bucket: Bucket) -> bool:
+        """Say whether torch's fused SGD kernel can make the step."""
+        return fused_cpu_supports(bucket.local, self.rule(bucket.group))
+
+    def plan_key(self, group: dict[str, Any]) -> object:
+        """Return the settings that decide whether there is a buffer, and the form on the CPU."""
+        return group["momentum"], group["variant"], self.adapts(group)
+
     def init_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        """Nothing is made before the first step, whose buffer starts at the first direction."""
+        """Make a parameter's momentum buffer when it needs one; its first step fills it."""
+        rule, state = self.rule(group), self.state[parameter]
+        needed = rule.momentum != 0 or (rule.variant == "momentum" and rule.adapt)
+        if needed and state.get("momentum_buffer") is None:
+            dtype = self.state_dtype(parameter, group)
+            state["momentum_buffer"] = torch.zeros_like(parameter, dtype=dtype)
+            self._fresh.add(parameter)
 
     def bucket_key(self, parameter: Tensor) -> object:
         """Keep first steps apart from later ones."""
-        return self._is_first(parameter)
-
-    def _is_first(self, parameter: Tensor) -> bool:
-        return self.state[parameter].get("momentum_buffer") is None
+        return parameter in self._fresh
 
     def update(self, bucket: Bucket, divisor: Tensor | None, found_inf: Tensor | None) -> Tensor:
         """Step one bucket and return its local rates."""
-        rule = self.rule(bucket.group)
-        first = self._is_first(bucket.params[0])
-        needed = rule.momentum != 0 or (rule.variant == "momentum" and rule.adapt)
-        if first and needed:
-            for parameter in bucket.params:
-                dtype = self.state_dtype(parameter, bucket.group)
-                buffer = torch.zeros_like(parameter, dtype=dtype)
-                self.state[parameter]["momentum_buffer"] = buffer
+        first = bucket.params[0] in self._fresh
+        if first:
+            self._fresh.difference_update(bucket.params)
+            self._plans.clear()  # the next step's buckets need not keep these apart
         return lars_step_(
             bucket.local,
             bucket.grads,
-            bucket.states(self, "momentum_buffer") if needed else [],
-            rule,
+            bucket.states.get("momentum_buffer", []),
+            self.rule(bucket.group),
             bucket.group["lr"],
-            first=first and needed,
+            first=first,
             impl=bucket.impl,
             grad_divisor=divisor,
             found_inf=found_inf,
             reduce_norms=bucket.reduce,
-            table=self.table(bucket),
+            table=bucket.table,
+            scratch=bucket.scratch,
         )
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._fresh: set[Tensor] = set()

@@ -9,7 +9,7 @@ form, sharded norms, telemetry, saved state) is in `LayerwiseOptimizer`.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -131,18 +131,26 @@ def warmup_fraction(batch: int, base_batch: int = 512, base_fraction: float = 1 
 
 @dataclass
 class Bucket:
-    """Parameters of one group that go through one kernel call."""
+    """Parameters of one group that go through one kernel call; kept from step to step."""
 
     group: dict[str, Any]
     params: list[Tensor]  # as the user holds them
-    local: list[Tensor]  # this rank's part of each
-    grads: list[Tensor]  # this rank's part of each gradient
+    states: dict[str, list[Tensor]]  # this rank's part of each state, by name
     reduce: Callable[[Tensor], Tensor] | None
     impl: Impl
+    table: ChunkTable | None  # for the fused form on CUDA
+    scratch: Tensor | None  # for the fused form on the CPU: fresh memory costs page faults
+    local: list[Tensor]  # this rank's part of each parameter
+    grads: list[Tensor]  # this rank's part of each gradient of this step
+    sharded: bool
 
-    def states(self, optimizer: Optimizer, key: str) -> list[Tensor]:
-        """Return this rank's part of one kind of state, in the order of `params`."""
-        return [_local(optimizer.state[p][key]) for p in self.params]
+    def refresh(self) -> None:
+        """Take up this step's gradients."""
+        if not self.sharded:
+            self.grads = [p.grad for p in self.params if p.grad is not None]
+            return
+        self.local = [_local(p) for p in self.params]
+        self.grads = [_local_grad(p) for p in self.params]
 
 
 class LayerwiseOptimizer(Optimizer, ABC):
@@ -166,7 +174,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
 
     def _forget(self) -> None:
         self._ratios: list[tuple[Bucket, Tensor]] = []
-        self._tables: dict[tuple[Any, ...], ChunkTable] = {}
+        self._plans: dict[int, tuple[object, list[Bucket]]] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or a deep copy: tables and telemetry are made anew."""
@@ -178,9 +186,9 @@ class LayerwiseOptimizer(Optimizer, ABC):
     def check_group(self, group: dict[str, Any]) -> None:
         """Raise when a group's settings make no sense."""
 
-    def supports_fused_cpu(self, group: dict[str, Any], params: Sequence[Tensor]) -> bool:
+    @abstractmethod
+    def supports_fused_cpu(self, bucket: Bucket) -> bool:
         """Say whether there is a fused form for these parameters on the CPU."""
-        return False
 
     @abstractmethod
     def update(self, bucket: Bucket, divisor: Tensor | None, found_inf: Tensor | None) -> Tensor:
@@ -222,7 +230,9 @@ class LayerwiseOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        buckets = [bucket for group in self.param_groups for bucket in self._buckets(group)]
+        buckets = [
+            bucket for place in range(len(self.param_groups)) for bucket in self._plan(place)
+        ]
         scale: Tensor | None = getattr(self, "grad_scale", None)
         divisor = self._divisor(buckets, scale)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
@@ -245,29 +255,63 @@ class LayerwiseOptimizer(Optimizer, ABC):
         clip: Tensor = (total / limit).clamp(min=1.0)
         return clip if scale is None else clip * scale
 
-    def _buckets(self, group: dict[str, Any]) -> Iterable[Bucket]:
+    def _plan(self, place: int) -> list[Bucket]:
+        """Return a group's buckets, made again only when its gradients or settings have changed.
+
+        Sorting hundreds of parameters costs more time than a fused step on the device takes.
+        """
+        group = self.param_groups[place]
+        grads = [p.grad for p in group["params"]]
+        kinds = [None if g is None else (g.dtype, g.is_contiguous()) for g in grads]
+        form = [group[name] for name in ("foreach", "fused", "capturable", "blocks")]
+        seen = (kinds, form, self.plan_key(group))
+        if place not in self._plans or self._plans[place][0] != seen:
+            self._plans[place] = (seen, self._buckets(group))
+        buckets = self._plans[place][1]
+        for bucket in buckets:
+            bucket.refresh()
+        return buckets
+
+    def plan_key(self, group: dict[str, Any]) -> object:
+        """Return what else, besides gradients and forms, a group's buckets depend on."""
+        return None
+
+    def _buckets(self, group: dict[str, Any]) -> list[Bucket]:
         """Sort a group's parameters that have gradients by what one kernel call can take."""
-        found: dict[tuple[Any, ...], Bucket] = {}
+        owner = type(self).__name__
+        sorted_: dict[tuple[Any, ...], list[Tensor]] = {}
         for parameter in group["params"]:
             grad = parameter.grad
             if grad is None:
                 continue
-            owner = type(self).__name__
             require_type(not grad.is_sparse, owner, "gradients", "must be dense", grad)
             self.init_state(parameter, group)
-            if isinstance(parameter, DTensor) and grad.placements != parameter.placements:
-                grad = grad.redistribute(placements=parameter.placements)
-            local, local_grad = _local(parameter), _local(grad)
-            mesh, reduce = _reduction(parameter)
-            key = (local.device, local.dtype, local_grad.dtype, mesh, self.bucket_key(parameter))
-            if key not in found:
-                found[key] = Bucket(group, [], [], [], reduce, "single")
-            found[key].params.append(parameter)
-            found[key].local.append(local)
-            found[key].grads.append(local_grad)
-        for bucket in found.values():
+            mesh = _shards(parameter)
+            key = (parameter.device, parameter.dtype, grad.dtype, mesh, self.bucket_key(parameter))
+            sorted_.setdefault(key, []).append(parameter)
+        buckets = []
+        for params in sorted_.values():
+            kept = [key for key in self.STATES if self.state[params[0]].get(key) is not None]
+            bucket = Bucket(
+                group=group,
+                params=params,
+                states={key: [_local(self.state[p][key]) for p in params] for key in kept},
+                reduce=_reduction(params[0]),
+                impl="single",
+                table=None,
+                scratch=None,
+                local=[_local(p) for p in params],
+                grads=[_local_grad(p) for p in params],
+                sharded=isinstance(params[0], DTensor),
+            )
             bucket.impl = self._form(bucket)
-            yield bucket
+            if bucket.impl == "fused" and bucket.local[0].is_cuda:
+                bucket.table = ChunkTable(bucket.local, blocks=group["blocks"])
+            elif bucket.impl == "fused":
+                longest = max(x.numel() for x in bucket.local)
+                bucket.scratch = torch.empty(longest, dtype=bucket.local[0].dtype)
+            buckets.append(bucket)
+        return buckets
 
     def bucket_key(self, parameter: Tensor) -> object:
         """Return what else, besides dtype, device and mesh, must be equal within a bucket."""
@@ -276,40 +320,23 @@ class LayerwiseOptimizer(Optimizer, ABC):
     def _form(self, bucket: Bucket) -> Impl:
         """Choose the form of the step; what was asked for and is not there is an error."""
         group, owner = bucket.group, type(self).__name__
-        tensors = [*bucket.local, *bucket.grads, *self._local_states(bucket)]
-        first = bucket.local[0]
+        on_cpu = bucket.local[0].is_cpu
+        states = [tensor for tensors in bucket.states.values() for tensor in tensors]
+        tensors = [*bucket.local, *bucket.grads, *states]
+        fused_cpu = on_cpu and bucket.reduce is None and self.supports_fused_cpu(bucket)
         if group["fused"]:
-            if first.is_cpu and self.supports_fused_cpu(group, bucket.params):
-                return "fused"
-            require_fused(owner, tensors)
+            if not fused_cpu:
+                require_fused(owner, tensors)
             return "fused"
         if group["foreach"] is not None or group["fused"] is False:
             return "single" if group["foreach"] is False else "foreach"
-        if first.is_cpu:
-            return "fused" if self.supports_fused_cpu(group, bucket.params) else "foreach"
+        if on_cpu:
+            return "fused" if fused_cpu else "foreach"
         ready = all(triton_ready(tensor) and tensor.is_contiguous() for tensor in tensors)
         return "fused" if ready else "foreach"
 
-    def _local_states(self, bucket: Bucket) -> list[Tensor]:
-        return [
-            _local(self.state[p][key])
-            for p in bucket.params
-            for key in self.STATES
-            if key in self.state[p]
-        ]
-
-    @abstractmethod
     def init_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
         """Make a parameter's state when it has none."""
-
-    def table(self, bucket: Bucket) -> ChunkTable | None:
-        """Return the chunk table for a fused CUDA step; tables are kept between steps."""
-        if bucket.impl != "fused" or not bucket.local[0].is_cuda:
-            return None
-        key = (bucket.group["blocks"], *(id(p) for p in bucket.params))
-        if key not in self._tables:
-            self._tables[key] = ChunkTable(bucket.local, blocks=bucket.group["blocks"])
-        return self._tables[key]
 
     def state_dtype(self, parameter: Tensor, group: dict[str, Any]) -> torch.dtype:
         """Return the dtype of a parameter's moments: at least float32."""
@@ -337,7 +364,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
         for place, (parameter, group) in zip(places, pairs, strict=True):
             for key in self.STATES:
                 value = saved.get(place, {}).get(key)
-                if value is not None:
+                if value is not None and key != "step":
                     dtype = self.state_dtype(parameter, group)
                     kept = value.to(device=parameter.device, dtype=dtype, copy=True)
                     self.state[parameter][key] = kept
@@ -380,21 +407,38 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _reduction(parameter: Tensor) -> tuple[Any, Callable[[Tensor], Tensor] | None]:
-    """Return (key of the shards' mesh, sum over the ranks that share the tensor)."""
+def _local_grad(parameter: Tensor) -> Tensor:
+    """Return this rank's part of a gradient, laid out like its parameter."""
+    grad = parameter.grad
+    if isinstance(grad, DTensor) and isinstance(parameter, DTensor):
+        if grad.placements != parameter.placements:
+            grad = grad.redistribute(placements=parameter.placements)
+        return _local(grad)
+    require_type(grad is not None, "LayerwiseOptimizer", "gradients", "must exist", grad)
+    return grad  # type: ignore[return-value]
+
+
+def _shards(parameter: Tensor) -> tuple[Any, tuple[int, ...]] | None:
+    """Return the mesh of a distributed tensor and the mesh dimensions that cut it."""
     if not isinstance(parameter, DTensor):
-        return None, None
-    mesh, placements = parameter.device_mesh, parameter.placements
-    sharded = [axis for axis, place in enumerate(placements) if isinstance(place, Shard)]
-    if not sharded:
-        return (mesh, ()), None
+        return None
+    placements = enumerate(parameter.placements)
+    return parameter.device_mesh, tuple(axis for axis, p in placements if isinstance(p, Shard))
+
+
+def _reduction(parameter: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """Return the sum over the ranks that share a tensor; None when this rank has all of it."""
+    shards = _shards(parameter)
+    if shards is None or not shards[1]:
+        return None
+    mesh, axes = shards
 
     def reduce(squares: Tensor) -> Tensor:
-        for axis in sharded:
+        for axis in axes:
             all_reduce_sum_(squares, mesh.get_group(axis))
         return squares
 
-    return (mesh, tuple(sharded)), reduce
+    return reduce
 
 
 def _check_parameter(owner: str, parameter: Tensor, group: dict[str, Any]) -> None:
