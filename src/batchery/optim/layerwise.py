@@ -246,7 +246,8 @@ class LayerwiseOptimizer(Optimizer, ABC):
             return scale
         squares = []
         for bucket in buckets:
-            norms = torch.stack(torch._foreach_norm(bucket.grads, 2, torch.float32))
+            dtype = torch.promote_types(bucket.grads[0].dtype, torch.float32)
+            norms = torch.stack(torch._foreach_norm(bucket.grads, 2, dtype))
             own = norms.square().sum()
             squares.append(own if bucket.reduce is None else bucket.reduce(own))
         total = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()

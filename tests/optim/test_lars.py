@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Oracles of LARS. The equations themselves are tested on the kernels, in tests/kernels."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from batchery.optim import LARS
+
+FORMS = [{"foreach": False}, {"foreach": True}, {"fused": True}]
+FORM_IDS = ["single", "foreach", "fused"]
+
+
+def weights(shapes=((4, 3), (5,), (2, 2, 2)), dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    return [nn.Parameter(tensor.to(dtype)) for tensor in drawn]
+
+
+def trajectory(optimizer, params, steps=5, scale=1.0):
+    generator = torch.Generator().manual_seed(7)
+    path = []
+    for _ in range(steps):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) * scale
+        optimizer.step()
+        path.append([p.detach().clone() for p in params])
+    return path
+
+
+def assert_paths(a, b, tolerance=1e-10):
+    for xs, ys in zip(a, b, strict=True):
+        for x, y in zip(xs, ys, strict=True):
+            torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=FORM_IDS)
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("dampening", [0.0, 0.3])
+def test_without_adaptation_it_is_sgd(form, nesterov, dampening):
+    if nesterov:
+        dampening = 0.0
+    kinds = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05, "dampening": dampening}
+    one, two = weights(), weights()
+    ours = LARS(one, adapt=False, nesterov=nesterov, **kinds, **form)
+    theirs = torch.optim.SGD(two, nesterov=nesterov, **kinds)
+    assert_paths(trajectory(ours, one), trajectory(theirs, two))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=FORM_IDS)
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+def test_scaling_the_loss_changes_nothing(form, factor):
+    one, two = weights(), weights()
+    kinds = {"lr": 0.5, "adapt": True, "trust_coefficient": 0.1, **form}
+    assert_paths(
+        trajectory(LARS(one, **kinds), one), trajectory(LARS(two, **kinds), two, scale=factor)
+    )
+
+
+def test_the_first_step_moves_by_the_trust_coefficient_times_the_weights():
+    params = weights()
+    before = [p.detach().clone() for p in params]
+    optimizer = LARS(params, lr=1.0, adapt=True, trust_coefficient=0.01)
+    trajectory(optimizer, params, 1)
+    for p, old in zip(params, before, strict=True):
+        moved = torch.linalg.vector_norm(p.detach() - old).item()
+        assert moved == pytest.approx(0.01 * old.norm().item(), rel=1e-10)
+
+
+def test_the_rate_inside_the_buffer_matters_only_when_it_changes():
+    def run(inside, rates):
+        params = weights()
+        optimizer = LARS(params, lr=1.0, weight_decay=0.1, lr_in_momentum=inside)
+        path = []
+        for rate in rates:
+            optimizer.param_groups[0]["lr"] = rate
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+            path.append([p.detach().clone() for p in params])
+        return path
+
+    assert_paths(run(True, [0.2] * 4), run(False, [0.2] * 4))
+    changed = zip(run(True, [0.2, 0.4])[-1], run(False, [0.2, 0.4])[-1], strict=True)
+    assert all(not torch.allclose(a, b) for a, b in changed)
+
+
+def test_larc_never_exceeds_the_global_rate():
+    one, two = weights(), weights()
+    huge = LARS(one, lr=0.01, adapt=True, trust_coefficient=1e6, trust_clip=True, weight_decay=0.1)
+    plain = LARS(two, lr=0.01, adapt=False, weight_decay=0.1)
+    assert_paths(trajectory(huge, one), trajectory(plain, two))
+
+
+def test_bfloat16_and_resume_are_exact(tmp_path):
+    params = weights(dtype=torch.bfloat16)
+    optimizer = LARS(params, lr=0.5, weight_decay=0.1, dampening=0.5)
+    trajectory(optimizer, params, 3)
+    torch.save(optimizer.state_dict(), tmp_path / "o.pt")
+    others = [nn.Parameter(p.detach().clone()) for p in params]
+    resumed = LARS(others, lr=0.5)
+    resumed.load_state_dict(torch.load(tmp_path / "o.pt", weights_only=True))
+    buffer = resumed.state[others[0]]["momentum_buffer"]
+    assert buffer.dtype == torch.float32
+    trajectory(optimizer, params, 2)
+    trajectory(resumed, others, 2)
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+
+
+def test_the_state_of_sgd_is_a_warm_start():
+    params = weights()
+    sgd = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+    trajectory(sgd, params, 2)
+    kept = [sgd.state[p]["momentum_buffer"].clone() for p in params]
+    ours = LARS(params, lr=0.1, adapt=False)
+    ours.load_state_dict(copy.deepcopy(sgd.state_dict()))
+    assert all(
+        torch.equal(ours.state[p]["momentum_buffer"], k) for p, k in zip(params, kept, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("kinds", "message"),
+    [
+        ({"lr": -1.0}, "LARS: lr must be >= 0, got -1.0"),
+        ({"momentum": 1.0}, "LARS: momentum must be >= 0 and < 1, got 1.0"),
+        ({"dampening": 2.0}, "LARS: dampening must be >= 0 and <= 1, got 2.0"),
+        ({"trust_coefficient": 0.0}, "LARS: trust_coefficient must be > 0, got 0.0"),
+        ({"variant": "other"}, "LARS: variant must be one of 'grad', 'update', 'momentum'"),
+        ({"nesterov": True, "momentum": 0.0}, "LARS: nesterov needs momentum > 0"),
+        ({"nesterov": True, "dampening": 0.1}, "LARS: nesterov needs momentum > 0"),
+    ],
+)
+def test_bad_settings_are_named(kinds, message):
+    with pytest.raises(ValueError, match=message):
+        LARS(weights(), **kinds)
+
+
+@pytest.mark.gpu
+def test_the_fused_kernels_agree_with_the_loop():
+    shapes = ((300, 70), (5000,), (3, 3, 3))
+    one, two = (
+        [nn.Parameter(p.detach().cuda()) for p in weights(shapes, torch.float32)] for _ in range(2)
+    )
+    kinds = {"lr": 0.5, "weight_decay": 0.1, "nesterov": True}
+    fused, loop = LARS(one, fused=True, **kinds), LARS(two, foreach=False, **kinds)
+    assert_paths(trajectory(fused, one), trajectory(loop, two), 1e-5)
