@@ -135,6 +135,15 @@ def test_blocks_are_separate_parameters():
     torch.testing.assert_close(one.trust_ratios()[0], ratios, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("form", FORMS[:2], ids=FORM_IDS[:2])
+def test_blocks_of_a_transposed_parameter(form):
+    one = [nn.Parameter(weights(shapes=((6, 4),))[0].detach().t())]
+    two = [nn.Parameter(one[0].detach().contiguous())]
+    assert not one[0].is_contiguous()
+    kinds = {"lr": 0.1, "blocks": 2, **form}
+    assert_paths(trajectory(LAMB(one, **kinds), one), trajectory(LAMB(two, **kinds), two), 1e-12)
+
+
 def test_auto_adapts_only_groups_that_decay_and_ratios_have_names():
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)).double()
     optimizer = LAMB(layer_adaptation_groups(model, 0.01), lr=0.1)

@@ -24,7 +24,7 @@ from batchery.studies.study import Comparison, Metric, Outcome, Study
 
 
 def _arm(loss):
-    return lambda trial: Outcome({"loss": loss + 0.01 * trial.seed}, {"curve": [3.0, loss]})
+    return lambda trial: Outcome({"loss": loss + 0.02 * trial.seed}, {"curve": [3.0, loss]})
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def result(study, tmp_path):
 def test_rows_say_what_the_result_says(result):
     header, rows = arm_rows(result)
     assert header[:2] == ["arm", "loss (nats)"]
-    assert rows[0][:2] == ["old", "2.00 ± 0.01"]
+    assert rows[0][:2] == ["old", "2.01 ± 0.01"]
     assert rows[2][:2] == ["lost", "diverged"]
     _, rows = comparison_rows(result)
     assert rows[0] == ["new vs old", "loss (nats)", "1.00", "1.00 … 1.00", "> 0", "holds"]
@@ -110,7 +110,7 @@ def test_a_report_of_nothing_says_what_is_missing(tmp_path):
 def test_results_as_markdown(result, tmp_path):
     text = results_markdown(tmp_path, "toy")
     assert "### Scale `cpu`: holds" in text
-    assert "| new | 1.00 ± 0.01 |" in text
+    assert "| new | 1.01 ± 0.01 |" in text
     assert results_markdown(tmp_path, "none") == "No stored result yet."
 
 

@@ -300,7 +300,7 @@ def _apply_foreach(
     if rule.blocks > 1:
         for place, u in enumerate(directions):
             own = scales[place * rule.blocks : (place + 1) * rule.blocks]
-            segment_rows(u, rule.blocks).mul_(own[:, None])
+            directions[place] = (segment_rows(u, rule.blocks) * own[:, None]).reshape(u.shape)
         torch._foreach_add_(wide, directions)
     elif params[0].is_cpu:
         for x, u, scale in zip(wide, directions, scales.tolist(), strict=True):

@@ -324,7 +324,9 @@ class LayerwiseOptimizer(Optimizer, ABC):
         on_cpu = bucket.local[0].is_cpu
         states = [tensor for tensors in bucket.states.values() for tensor in tensors]
         tensors = [*bucket.local, *bucket.grads, *states]
-        fused_cpu = on_cpu and bucket.reduce is None and self.supports_fused_cpu(bucket)
+        dense = all(tensor.is_contiguous() for tensor in tensors)
+        alone = bucket.reduce is None
+        fused_cpu = on_cpu and dense and alone and self.supports_fused_cpu(bucket)
         if group["fused"]:
             if not fused_cpu:
                 require_fused(owner, tensors)
@@ -333,7 +335,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
             return "single" if group["foreach"] is False else "foreach"
         if on_cpu:
             return "fused" if fused_cpu else "foreach"
-        ready = all(triton_ready(tensor) and tensor.is_contiguous() for tensor in tensors)
+        ready = dense and all(triton_ready(tensor) for tensor in tensors)
         return "fused" if ready else "foreach"
 
     def init_state(self, parameter: Tensor, group: dict[str, Any]) -> None:

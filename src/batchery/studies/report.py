@@ -7,10 +7,11 @@ site and the README all take their tables from these rows.
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from batchery._core.state import atomic_write
 from batchery._core.validate import import_extra
@@ -28,11 +29,16 @@ def number(value: float | None, digits: int = 3) -> str:
         >>> number(1.23456, 2), number(None)
         ('1.23', '–')
     """
-    if value is None or value != value:
+    if not _known(value):
         return "–"
     if value and abs(value) < 10**-digits:
         return f"{value:.1e}"
     return f"{value:,.{digits}f}"
+
+
+def _known(value: float | None) -> TypeGuard[float]:
+    """Say whether a number is one: a fresh result holds NaN where a stored one holds None."""
+    return value is not None and math.isfinite(value)
 
 
 def _unit(metric: Mapping[str, Any]) -> str:
@@ -55,10 +61,10 @@ def arm_rows(result: Result) -> tuple[list[str], Rows]:
 
 
 def _mean_sd(summary: Mapping[str, float | None], digits: int) -> str:
-    if summary["mean"] is None:
+    if not _known(summary["mean"]):
         return "diverged"
     mean = number(summary["mean"], digits)
-    return mean if summary["sd"] is None else f"{mean} ± {number(summary['sd'], digits)}"
+    return f"{mean} ± {number(summary['sd'], digits)}" if _known(summary["sd"]) else mean
 
 
 def comparison_rows(result: Result) -> tuple[list[str], Rows]:
@@ -163,10 +169,10 @@ def dots(figure: Any, result: Result) -> None:
         arms = [arm for arm in result["arms"] if metric["name"] in arm["summary"]]
         for place, arm in enumerate(arms):
             values = [run["metrics"][metric["name"]] for run in arm["runs"]]
-            values = [value for value in values if value is not None]
+            values = [value for value in values if _known(value)]
             axes.plot(values, [place] * len(values), "o", alpha=0.5, color=f"C{place}")
-            if arm["summary"][metric["name"]]["mean"] is not None:
-                mean = arm["summary"][metric["name"]]["mean"]
+            mean = arm["summary"][metric["name"]]["mean"]
+            if _known(mean):
                 axes.plot([mean], [place], "|", markersize=22, color=f"C{place}")
         axes.set_yticks(range(len(arms)), [arm["name"] for arm in arms])
         axes.invert_yaxis()

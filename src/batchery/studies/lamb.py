@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does one learning-rate rule carry LAMB, and LARS, to a batch 16 times as large?
+
+Two tasks. A character model on Python's standard-library source, trained on a fixed number of
+samples at growing batches: AdamW, SGD and LAMB, each with the learning rate that suits it at the
+smallest batch, scaled by the square root. A small convolutional network with batch normalisation
+on digits: SGD and LARS, scaled linearly.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+
+from batchery import datasets
+from batchery._core.random import derive_seed, new_generator
+from batchery.optim import LAMB, LARS, layer_adaptation_groups, scale_lr, warmup_fraction
+from batchery.studies.study import Comparison, Metric, Outcome, Scale, Study, Trial
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+VOCABULARY = 128
+TUNING_SEED = 1_000  # apart from the seeds that are judged
+BASIN = 0.1  # nats; a learning rate this close to the best belongs to the basin
+BASE_WARMUP = 1 / 80  # share of the steps at the smallest batch; 16 times the batch: 1/5
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the two tasks are at a scale."""
+
+    context: int
+    width: int
+    layers: int  # 0: a multi-layer perceptron over the context
+    samples: int
+    batches: tuple[int, ...]
+    epochs: int  # of the digits
+    digit_batches: tuple[int, ...]
+
+
+SIZES: dict[Scale, Size] = {
+    "smoke": Size(8, 32, 0, 4_000, (100, 400), 1, (64, 512)),
+    "cpu": Size(12, 192, 0, 81_920, (128, 512, 2048), 12, (64, 512)),
+    "gpu": Size(64, 256, 4, 131_072, (256, 1024, 4096), 30, (64, 512)),
+}
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x_BTd: Tensor) -> Tensor:
+        batch, length, width = x_BTd.shape
+        heads = self.qkv(self.norm1(x_BTd)).view(batch, length, 3, width // 64 or 1, -1)
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x_BTd = x_BTd + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        return x_BTd + self.down(F.gelu(self.up(self.norm2(x_BTd))))  # type: ignore[no-any-return]
+
+
+class _CharModel(nn.Module):
+    """A causal transformer, or (layers = 0) a perceptron that predicts the last character."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.layers = size.layers
+        inner = size.width if size.layers else 24
+        self.embed = nn.Embedding(VOCABULARY, inner)
+        if size.layers:
+            self.place = nn.Embedding(size.context, inner)
+            self.blocks = nn.Sequential(*(_Block(inner) for _ in range(size.layers)))
+        else:
+            self.hidden = nn.Linear(inner * size.context, size.width)
+        self.norm = nn.LayerNorm(size.width)
+        self.head = nn.Linear(size.width, VOCABULARY)
+
+    def forward(self, x_BT: Tensor) -> Tensor:
+        if self.layers:
+            places = torch.arange(x_BT.shape[1], device=x_BT.device)
+            x = self.blocks(self.embed(x_BT) + self.place(places))
+            return self.head(self.norm(x))  # type: ignore[no-any-return]
+        x = F.gelu(self.norm(self.hidden(self.embed(x_BT).flatten(1))))
+        return self.head(x)[:, None]  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _text(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return training and held-out characters; the last tenth is held out."""
+    codes = datasets.load("stdlib-text").encode("ascii", "replace")
+    text = torch.frombuffer(bytearray(codes), dtype=torch.uint8).to(device, torch.long)
+    cut = len(text) * 9 // 10
+    return text[:cut], text[cut:]
+
+
+def _windows(text: Tensor, count: int, size: Size, generator: torch.Generator) -> Tensor:
+    starts = torch.randint(len(text) - size.context, (count,), generator=generator)
+    offsets = torch.arange(size.context + 1)
+    return text[(starts[:, None] + offsets).to(text.device)]
+
+
+def _loss(model: nn.Module, rows: Tensor) -> Tensor:
+    on_cuda = rows.is_cuda
+    with torch.autocast(rows.device.type, torch.bfloat16, enabled=on_cuda):
+        logits = model(rows[:, :-1])
+    targets = rows[:, -logits.shape[1] :]
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+Build = Callable[[nn.Module, float], torch.optim.Optimizer]
+DECAY = 0.01
+
+OPTIMIZERS: dict[str, tuple[Build, float]] = {
+    "adamw": (
+        lambda model, lr: torch.optim.AdamW(layer_adaptation_groups(model, DECAY), lr=lr),
+        4e-3,
+    ),
+    "lamb": (lambda model, lr: LAMB(layer_adaptation_groups(model, DECAY), lr=lr), 2e-2),
+    "sgd": (
+        lambda model, lr: torch.optim.SGD(
+            layer_adaptation_groups(model, 1e-4), lr=lr, momentum=0.9, nesterov=True
+        ),
+        1e-1,
+    ),
+    "lars-cnn": (
+        lambda model, lr: LARS(
+            layer_adaptation_groups(model, 1e-4), lr=lr, nesterov=True, trust_coefficient=1e-2
+        ),
+        1.0,
+    ),
+    "sgd-cnn": (
+        lambda model, lr: torch.optim.SGD(
+            layer_adaptation_groups(model, 1e-4), lr=lr, momentum=0.9, nesterov=True
+        ),
+        5e-2,
+    ),
+}
+
+
+def _schedule(optimizer: torch.optim.Optimizer, steps: int, batch: int, base: int) -> LambdaLR:
+    """Linear-epoch warm-up, then linear to zero."""
+    warmup = max(1, round(steps * warmup_fraction(batch, base, BASE_WARMUP)))
+
+    def factor(step: int) -> float:
+        return min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1))
+
+    return LambdaLR(optimizer, factor)
+
+
+def _train_text(arm: str, lr: float, batch: int, seed: int, trial: Trial) -> float:
+    """Train the character model and return its held-out loss in nats per character."""
+    size = SIZES[trial.scale]
+    train, held_out = _text(trial.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "weights"))
+        model = _CharModel(size).to(trial.device)
+    optimizer = OPTIMIZERS[arm][0](model, lr)
+    steps = size.samples // batch
+    schedule = _schedule(optimizer, steps, batch, size.batches[0])
+    generator = new_generator(seed, "order")
+    rows = _windows(train, size.samples, size, generator)
+    for step in range(steps):
+        loss = _loss(model, rows[step * batch : (step + 1) * batch])
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        check = _windows(held_out, 8_192, size, new_generator("held out"))
+        final = float(torch.stack([_loss(model, part) for part in check.chunk(4)]).mean())
+    return final if math.isfinite(final) else math.inf
+
+
+def _digit_model() -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(512, 10),
+    )
+
+
+def _train_digits(arm: str, lr: float, batch: int, seed: int, trial: Trial) -> float:
+    """Train the convolutional network and return its test error, in per cent."""
+    size, data = SIZES[trial.scale], datasets.load("digits")
+    arrays = {name: torch.from_numpy(value).to(trial.device) for name, value in data.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "weights"))
+        model = _digit_model().to(trial.device)
+    optimizer = OPTIMIZERS[arm][0](model, lr)
+    count = len(arrays["x_train"])
+    steps = size.epochs * (count // batch)
+    schedule = _schedule(optimizer, steps, batch, size.digit_batches[0])
+    generator = new_generator(seed, "order")
+
+    def batches() -> Iterator[Tensor]:
+        for _ in range(size.epochs):
+            order = torch.randperm(count, generator=generator)
+            yield from order[: count // batch * batch].view(-1, batch)
+
+    for picked in batches():
+        rows = picked.to(trial.device)
+        loss = F.cross_entropy(model(arrays["x_train"][rows]), arrays["y_train"][rows])
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+    model.eval()
+    with torch.no_grad():
+        wrong = model(arrays["x_test"]).argmax(1) != arrays["y_test"]
+    return 100 * float(wrong.float().mean())
+
+
+def _tune(run: Callable[[float], float], start: float, basin: float) -> dict[str, Any]:
+    """Walk by factors of two until the best rate has worse ones on both sides.
+
+    The walk goes on on either side until the loss is more than `basin` above the best, so that
+    the width of the basin is known; every optimizer gets the same rule.
+    """
+    found = {0: run(start)}
+    for _ in range(12):
+        best = min(found, key=lambda place: found[place])
+        sides = [
+            edge + way
+            for way, edge in ((1, max(found)), (-1, min(found)))
+            if edge == best or found[edge] <= found[best] + basin
+        ]
+        if not sides:
+            break
+        for place in sides:
+            found[place] = run(start * 2.0**place)
+    best = min(found, key=lambda place: found[place])
+    inside = [place for place in found if found[place] <= found[best] + basin]
+    return {
+        "lr": start * 2.0**best,
+        "basin": [start * 2.0 ** min(inside), start * 2.0 ** max(inside)],
+        "tried": {f"{start * 2.0**place:g}": found[place] for place in sorted(found)},
+    }
+
+
+def _prepare(trial: Trial) -> dict[str, Any]:
+    """Tune every optimizer at the smallest batch, and again at the largest, by one rule."""
+    size = SIZES[trial.scale]
+    chosen: dict[str, Any] = {}
+    for done, (arm, (_, start)) in enumerate(OPTIMIZERS.items()):
+        trial.progress(done, len(OPTIMIZERS))
+        digits = arm.endswith("-cnn")
+        batches = size.digit_batches if digits else size.batches
+        train = _train_digits if digits else _train_text
+        rule: Literal["linear", "sqrt"] = "linear" if digits else "sqrt"
+
+        def run(lr: float, batch: int, arm: str = arm, train: Any = train) -> float:
+            return float(train(arm, lr, batch, TUNING_SEED, trial))
+
+        if trial.scale == "smoke":  # nothing is judged, so nothing is tuned
+            chosen[arm] = {"base": {"lr": start}, "large": {"lr": start * 2}}
+            continue
+        at_base = _tune(functools.partial(run, batch=batches[0]), start, 0.0)
+        scaled = scale_lr(at_base["lr"], batches[-1], batches[0], rule)
+        basin = 0.0 if digits else BASIN
+        at_large = _tune(functools.partial(run, batch=batches[-1]), scaled, basin)
+        chosen[arm] = {"base": at_base, "large": at_large}
+    return chosen
+
+
+def _text_arm(arm: str) -> Callable[[Trial], Outcome]:
+    def run(trial: Trial) -> Outcome:
+        batches = SIZES[trial.scale].batches
+        base = trial.prepared[arm]["base"]["lr"]
+        curve = []
+        for done, batch in enumerate(batches):
+            trial.progress(done, len(batches) + 1)
+            lr = scale_lr(base, batch, batches[0], "sqrt")
+            curve.append(_train_text(arm, lr, batch, trial.seed, trial))
+        retuned = trial.prepared[arm]["large"]["lr"]
+        best = _train_text(arm, retuned, batches[-1], trial.seed, trial)
+        metrics = {"loss_large": curve[-1], "loss_base": curve[0], "loss_retuned": best}
+        return Outcome(metrics, {"loss": curve, "batch": [float(b) for b in batches]})
+
+    return run
+
+
+def _digit_arm(arm: str) -> Callable[[Trial], Outcome]:
+    def run(trial: Trial) -> Outcome:
+        base, large = SIZES[trial.scale].digit_batches
+        lr = trial.prepared[arm]["base"]["lr"]
+        scaled = scale_lr(lr, large, base, "linear")
+        retuned = trial.prepared[arm]["large"]["lr"]
+        return Outcome(
+            {
+                "error_large": _train_digits(arm, scaled, large, trial.seed, trial),
+                "error_base": _train_digits(arm, lr, base, trial.seed, trial),
+                "error_retuned": _train_digits(arm, retuned, large, trial.seed, trial),
+            }
+        )
+
+    return run
+
+
+def _draw(figure: Figure, result: dict[str, Any]) -> None:
+    curves, basins = figure.subplots(1, 2)
+    prepared = result["prepared"]["value"]
+    for color, arm in enumerate(a for a in result["arms"] if "loss_large" in a["summary"]):
+        series = [run["series"] for run in arm["runs"]]
+        for row in series:
+            known = [
+                (b, y) for b, y in zip(row["batch"], row["loss"], strict=True) if y is not None
+            ]
+            curves.plot(*zip(*known, strict=True), "o-", color=f"C{color}", alpha=0.35)
+        curves.plot([], [], "o-", color=f"C{color}", label=arm["name"])
+        tried = prepared[arm["name"]]["large"].get("tried", {})
+        rates = [(float(lr), loss) for lr, loss in tried.items() if loss is not None]
+        if rates:
+            best = min(rates, key=lambda pair: pair[1])[0]
+            points = [(lr / best, loss) for lr, loss in rates]
+            basins.plot(*zip(*points, strict=True), "o-", color=f"C{color}", label=arm["name"])
+    curves.set(xscale="log", xlabel="batch", ylabel="held-out loss (nats per character)")
+    curves.legend()
+    basins.set(xscale="log", xlabel="learning rate over the best, largest batch")
+
+
+STUDY = Study(
+    slug="lamb",
+    claim=(
+        "With the learning rate tuned once at a small batch and scaled by a fixed rule, LAMB ends "
+        "below AdamW's loss at 16 times the batch, and LARS below SGD's error at 8 times the batch."
+    ),
+    protocol=(
+        "Fixed number of samples, so that steps fall as the batch grows. Each optimizer's learning "
+        "rate is found at the smallest batch by the same walk in factors of two, on a seed that is "
+        "not judged, then scaled by the square root of the batch (text) or linearly (digits), with "
+        "linear-epoch warm-up and linear decay; 'retuned' repeats the walk at the largest batch. "
+        "Text: Python's standard-library source, last tenth held out; a perceptron over 12 "
+        "characters (cpu) or a 4-layer transformer (gpu). Digits: a small network with batch "
+        "normalisation. Decay and adaptation leave out biases and norms for every optimizer."
+    ),
+    arms={
+        "adamw": _text_arm("adamw"),
+        "sgd": _text_arm("sgd"),
+        "lamb": _text_arm("lamb"),
+        "sgd-cnn": _digit_arm("sgd-cnn"),
+        "lars-cnn": _digit_arm("lars-cnn"),
+    },
+    metrics=(
+        Metric("loss_large", "loss, largest batch", "lower", "nats"),
+        Metric("loss_base", "loss, smallest batch", "lower", "nats"),
+        Metric("loss_retuned", "loss, largest batch, retuned", "lower", "nats"),
+        Metric("error_large", "error, large batch", "lower", "%", 2),
+        Metric("error_base", "error, small batch", "lower", "%", 2),
+        Metric("error_retuned", "error, large batch, retuned", "lower", "%", 2),
+    ),
+    comparisons=(
+        Comparison("lamb", "adamw", "loss_large"),
+        Comparison("lars-cnn", "sgd-cnn", "error_large"),
+        Comparison("lamb", "adamw", "loss_retuned", claim=False),
+        Comparison("lamb", "adamw", "loss_base", claim=False),
+        Comparison("lars-cnn", "sgd-cnn", "error_retuned", claim=False),
+        Comparison("lamb", "sgd", "loss_large", claim=False),
+    ),
+    seeds={"smoke": 1, "cpu": 5, "gpu": 3},
+    data=("stdlib-text", "digits"),
+    prepare=_prepare,
+    figure=_draw,
+)

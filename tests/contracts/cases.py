@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the contract suites build each object that a card names, small; and what it must refuse.
+
+A card's object of a kind that has a suite needs an entry here, and an entry needs a card: both are
+tested, so that no system stays outside.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from batchery.cards import load_cards
+from batchery.optim import LAMB, LARS
+
+
+@dataclass(frozen=True)
+class Case:
+    """One object under contract.
+
+    Attributes:
+        path: the object's public path, as its card names it.
+        build: makes a minimal one. Optimizers take parameters; schedulers take an optimizer;
+            samplers take a size and `rank`, `world_size` and `generator` keywords.
+        bad: keyword arguments that must raise, with a pattern of the message.
+    """
+
+    path: str
+    build: Callable[..., Any]
+    bad: list[tuple[dict[str, Any], type[Exception], str]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.path.rsplit(".", 1)[1]
+
+
+def objects(kind: str) -> list[str]:
+    """List the public paths of all objects of a kind, from the cards."""
+    return [path for card in load_cards() for path, of in card.objects.items() if of == kind]
+
+
+def _lamb(params, lr=0.05, **kinds):
+    return LAMB(params, lr=lr, **kinds)
+
+
+def _lars(params, lr=0.5, **kinds):
+    return LARS(params, lr=lr, weight_decay=kinds.pop("weight_decay", 0.01), **kinds)
+
+
+CASES = {
+    case.path: case
+    for case in (
+        Case(
+            "batchery.optim.LAMB",
+            _lamb,
+            [
+                ({"lr": -1.0}, ValueError, "LAMB: lr must be >= 0, got -1.0"),
+                ({"lr": "fast"}, TypeError, "LAMB: lr must be a number, got str"),
+                ({"betas": (0.9, 1.5)}, ValueError, r"LAMB: betas\[1\] .* got 1.5"),
+                ({"adapt": "no"}, ValueError, "LAMB: adapt .* got 'no'"),
+            ],
+        ),
+        Case(
+            "batchery.optim.LARS",
+            _lars,
+            [
+                ({"lr": float("nan")}, ValueError, "LARS: lr must be >= 0, got nan"),
+                ({"momentum": 1.0}, ValueError, "LARS: momentum .* got 1.0"),
+                ({"variant": "x"}, ValueError, "LARS: variant .* got 'x'"),
+            ],
+        ),
+    )
+}
+
+
+def global_randomness():
+    """Return the states of every global random stream."""
+    import random
+
+    import numpy as np
+
+    numpy_state = np.random.get_state()  # noqa: NPY002
+    return (
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        numpy_state[1].tolist(),
+        numpy_state[2],
+    )
