@@ -6,9 +6,9 @@ import sys
 import time
 
 import pytest
-from batchery.datasets import MissingData
 
 from batchery import cli
+from batchery.datasets import MissingData
 from batchery.studies import harness
 from batchery.studies.study import Comparison, Metric, Outcome, Study
 

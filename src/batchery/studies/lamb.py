@@ -23,12 +23,18 @@ from torch.optim.lr_scheduler import LambdaLR
 from batchery import datasets
 from batchery._core.random import derive_seed, new_generator
 from batchery.optim import LAMB, LARS, layer_adaptation_groups, scale_lr, warmup_fraction
+from batchery.studies.char import (
+    CharPerceptron,
+    char_loss,
+    char_text,
+    held_out_loss,
+    windows,
+)
 from batchery.studies.study import Comparison, Metric, Outcome, Scale, Study, Trial
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-VOCABULARY = 128
 TUNING_SEED = 1_000  # apart from the seeds that are judged
 BASIN = 0.1  # nats; a learning rate this close to the best belongs to the basin
 BASE_WARMUP = 1 / 80  # share of the steps at the smallest batch; 16 times the batch: 1/5
@@ -40,7 +46,6 @@ class Size:
 
     context: int
     width: int
-    layers: int  # 0: a multi-layer perceptron over the context
     samples: int
     batches: tuple[int, ...]
     epochs: int  # of the digits
@@ -48,74 +53,10 @@ class Size:
 
 
 SIZES: dict[Scale, Size] = {
-    "smoke": Size(8, 32, 0, 4_000, (100, 400), 1, (64, 512)),
-    "cpu": Size(12, 192, 0, 81_920, (128, 512, 2048), 12, (64, 512)),
-    "gpu": Size(64, 256, 4, 131_072, (256, 1024, 4096), 30, (64, 512)),
+    "smoke": Size(8, 32, 4_000, (100, 400), 1, (64, 512)),
+    "cpu": Size(12, 192, 81_920, (128, 512, 2048), 12, (64, 512)),
+    "gpu": Size(12, 192, 81_920, (128, 512, 2048), 30, (64, 512)),
 }
-
-
-class _Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x_BTd: Tensor) -> Tensor:
-        batch, length, width = x_BTd.shape
-        heads = self.qkv(self.norm1(x_BTd)).view(batch, length, 3, width // 64 or 1, -1)
-        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x_BTd = x_BTd + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
-        return x_BTd + self.down(F.gelu(self.up(self.norm2(x_BTd))))  # type: ignore[no-any-return]
-
-
-class _CharModel(nn.Module):
-    """A causal transformer, or (layers = 0) a perceptron that predicts the last character."""
-
-    def __init__(self, size: Size) -> None:
-        super().__init__()
-        self.layers = size.layers
-        inner = size.width if size.layers else 24
-        self.embed = nn.Embedding(VOCABULARY, inner)
-        if size.layers:
-            self.place = nn.Embedding(size.context, inner)
-            self.blocks = nn.Sequential(*(_Block(inner) for _ in range(size.layers)))
-        else:
-            self.hidden = nn.Linear(inner * size.context, size.width)
-        self.norm = nn.LayerNorm(size.width)
-        self.head = nn.Linear(size.width, VOCABULARY)
-
-    def forward(self, x_BT: Tensor) -> Tensor:
-        if self.layers:
-            places = torch.arange(x_BT.shape[1], device=x_BT.device)
-            x = self.blocks(self.embed(x_BT) + self.place(places))
-            return self.head(self.norm(x))  # type: ignore[no-any-return]
-        x = F.gelu(self.norm(self.hidden(self.embed(x_BT).flatten(1))))
-        return self.head(x)[:, None]  # type: ignore[no-any-return]
-
-
-@functools.cache
-def _text(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return training and held-out characters; the last tenth is held out."""
-    codes = datasets.load("stdlib-text").encode("ascii", "replace")
-    text = torch.frombuffer(bytearray(codes), dtype=torch.uint8).to(device, torch.long)
-    cut = len(text) * 9 // 10
-    return text[:cut], text[cut:]
-
-
-def _windows(text: Tensor, count: int, size: Size, generator: torch.Generator) -> Tensor:
-    starts = torch.randint(len(text) - size.context, (count,), generator=generator)
-    offsets = torch.arange(size.context + 1)
-    return text[(starts[:, None] + offsets).to(text.device)]
-
-
-def _loss(model: nn.Module, rows: Tensor) -> Tensor:
-    on_cuda = rows.is_cuda
-    with torch.autocast(rows.device.type, torch.bfloat16, enabled=on_cuda):
-        logits = model(rows[:, :-1])
-    targets = rows[:, -logits.shape[1] :]
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
 Build = Callable[[nn.Module, float], torch.optim.Optimizer]
@@ -161,24 +102,18 @@ def _schedule(optimizer: torch.optim.Optimizer, steps: int, batch: int, base: in
 def _train_text(arm: str, lr: float, batch: int, seed: int, trial: Trial) -> float:
     """Train the character model and return its held-out loss in nats per character."""
     size = SIZES[trial.scale]
-    train, held_out = _text(trial.device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "weights"))
-        model = _CharModel(size).to(trial.device)
+    model = CharPerceptron(size.context, size.width, seed)
     optimizer = OPTIMIZERS[arm][0](model, lr)
     steps = size.samples // batch
     schedule = _schedule(optimizer, steps, batch, size.batches[0])
-    generator = new_generator(seed, "order")
-    rows = _windows(train, size.samples, size, generator)
+    rows = windows(char_text()[0], size.samples, size.context, new_generator(seed, "order"))
     for step in range(steps):
-        loss = _loss(model, rows[step * batch : (step + 1) * batch])
+        loss = char_loss(model, rows[step * batch : (step + 1) * batch])
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-    with torch.no_grad():
-        check = _windows(held_out, 8_192, size, new_generator("held out"))
-        final = float(torch.stack([_loss(model, part) for part in check.chunk(4)]).mean())
+    final = held_out_loss(model)
     return final if math.isfinite(final) else math.inf
 
 
