@@ -15,6 +15,7 @@ No form waits for the device or changes a gradient.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -188,10 +189,10 @@ def _directions_foreach(
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - rule.beta2)
     roots = torch._foreach_sqrt(exp_avg_sqs)
     if rule.bias_correction:
-        firsts, seconds = zip(*(bias_corrections(step, rule) for step in steps), strict=True)
-        torch._foreach_div_(roots, [second**0.5 for second in seconds])
+        firsts, second_roots = _foreach_corrections(steps, rule)
+        torch._foreach_div_(roots, second_roots)
         torch._foreach_add_(roots, rule.eps)
-        torch._foreach_mul_(roots, list(firsts))
+        torch._foreach_mul_(roots, firsts)
     else:
         torch._foreach_add_(roots, rule.eps)
     directions: list[Tensor] = list(torch._foreach_div(exp_avgs, roots))
@@ -200,6 +201,15 @@ def _directions_foreach(
         wide = [x.to(dtype) for x in params]
         torch._foreach_add_(directions, wide, alpha=rule.coupled_decay)
     return directions
+
+
+def _foreach_corrections(steps: list[Tensor], rule: LambRule) -> tuple[list[Any], list[Any]]:
+    """Return 1 - β1^t and sqrt(1 - β2^t) of each tensor, on the device by a few launches in all."""
+    if steps[0].is_cpu:
+        firsts, seconds = zip(*(bias_corrections(step, rule) for step in steps), strict=True)
+        return list(firsts), [second**0.5 for second in seconds]
+    first, second = (torch.as_tensor(c) for c in bias_corrections(torch.stack(steps), rule))
+    return list(first.unbind()), list(second.sqrt().unbind())
 
 
 def fused_cpu_supports(params: list[Tensor], exp_avgs: list[Tensor], rule: LambRule) -> bool:
@@ -483,16 +493,6 @@ if triton is not None:
             )
         if full < end:
             _apply_block(
-                x_at,
-                m_at,
-                v_at,
-                full + lanes,
-                end,
-                scale,
-                keep,
-                c1,
-                root2,
-                eps,
-                coupled_decay,
-                True,
-            )
+                x_at, m_at, v_at, full + lanes, end, scale, keep, c1, root2, eps,
+                coupled_decay, True,
+            )  # fmt: skip

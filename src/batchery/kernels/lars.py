@@ -116,7 +116,7 @@ def lars_step_(
     grads = prepared_grads(grads, wide_dtype, grad_divisor, rule.maximize)
     wide = [x.to(wide_dtype) for x in params]
     form = _apply_foreach if impl == "foreach" else _apply_single
-    decayed = [g + rule.weight_decay * x for g, x in zip(grads, wide, strict=True)]
+    decayed = list(torch._foreach_add(grads, wide, alpha=rule.weight_decay))
     if rule.variant == "momentum" and rule.adapt:
         _average(momentum_buffers, decayed, rule, first)
         ratios = _ratios(wide, momentum_buffers, rule, lr, reduce_norms)
@@ -146,6 +146,9 @@ def local_rates(squares: Tensor, rule: LarsRule, lr: float | Tensor) -> Tensor:
     return (rate / lr).clamp(max=1.0) if rule.trust_clip else rate
 
 
+_PRECISE = 1e-5  # local rates below it would keep fewer than 11 digits in 1 - (1 - rate)
+
+
 def fused_cpu_supports(params: list[Tensor], rule: LarsRule) -> bool:
     """Say whether torch's fused SGD kernel on the CPU makes this rule's step."""
     return params[0].dtype in (torch.float32, torch.float64) and rule.variant == "grad"
@@ -161,32 +164,48 @@ def _fused_cpu(
     found_inf: Tensor | None,
     scratch: Tensor | None,
 ) -> Tensor:
-    """Go segment by segment: SGD on the gradient and the decay, both scaled by the local rate."""
+    """Go segment by segment by torch's SGD.
+
+    The local rate goes in as lr or as 1 - dampening, which costs nothing; a scaled copy of the
+    gradient is made where the look-ahead needs it, or where 1 - dampening would lose digits.
+    """
     lists = (params, grads, buffers) if buffers else (params, grads)
     segments = [
         parts
         for tensors in zip(*lists, strict=True)
         for parts in zip(*(segment_rows(t, rule.blocks) for t in tensors), strict=True)
     ]
-    if scratch is None:
-        scratch = torch.empty(max(x.numel() for x in params), dtype=params[0].dtype)
+    if first and buffers:
+        torch._foreach_zero_(buffers)
     rates = []
     for x, g, *buffer in segments:
         # BLAS reads memory several times faster than the CPU's norm reduction.
         squares = torch.stack([torch.dot(x, x), torch.dot(g, g)])
         rates.append(local_rates(squares[:, None], rule, lr))
         scale = float(rates[-1] * lr if rule.lr_in_momentum else rates[-1])
+        outer = 1.0 if rule.lr_in_momentum else float(lr)
+        weight = _buffer_weight(rule, first)
+        decay, dampening = rule.weight_decay, 0.0
+        if not buffer:
+            outer *= scale
+        elif rule.nesterov or scale < _PRECISE:
+            if scratch is None:
+                scratch = torch.empty(max(x.numel() for x in params), dtype=params[0].dtype)
+            g, decay = torch.mul(g, scale, out=scratch[: g.numel()]), decay * scale
+            dampening = 1.0 - weight
+        else:
+            dampening = 1.0 - scale * weight
         torch._fused_sgd_(
             [x],
-            [torch.mul(g, scale, out=scratch[: g.numel()])],
+            [g],
             buffer,
-            weight_decay=scale * rule.weight_decay,
+            weight_decay=decay,
             momentum=rule.momentum,
-            lr=1.0 if rule.lr_in_momentum else float(lr),
-            dampening=rule.dampening,
+            lr=outer,
+            dampening=dampening,
             nesterov=rule.nesterov,
             maximize=rule.maximize,
-            is_first_step=first,
+            is_first_step=False,
             found_inf=found_inf,
         )
     return torch.cat(rates)
