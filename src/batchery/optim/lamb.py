@@ -27,6 +27,7 @@ norm to 1 always; `max_grad_norm` is off unless asked for. A parameter without a
 age, as in torch.optim. The arithmetic is in `batchery.kernels.lamb`.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -178,25 +179,32 @@ class LAMB(LayerwiseOptimizer):
         for key in self.STATES[1:]:
             state[key] = torch.zeros_like(parameter, dtype=dtype)
 
-    def update(self, bucket: Bucket, divisor: Tensor | None, found_inf: Tensor | None) -> Tensor:
-        """Step one bucket and return its trust ratios."""
-        steps = bucket.states["step"]
-        torch._foreach_add_(steps, 1)
-        ratios = lamb_step_(
-            bucket.local,
-            bucket.grads,
-            bucket.states["exp_avg"],
-            bucket.states["exp_avg_sq"],
-            steps,
-            self.rule(bucket.group),
-            bucket.group["lr"],
-            impl=bucket.impl,
-            grad_divisor=divisor,
-            found_inf=found_inf,
-            reduce_norms=bucket.reduce,
-            table=bucket.table,
-            scratch=bucket.scratch,
-        )
-        if found_inf is not None:
-            torch._foreach_sub_(steps, [found_inf.to(steps[0].device)] * len(steps))
-        return ratios
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step and return the closure's loss.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+        """
+        loss, buckets, divisor, found_inf = self.begin_step(closure)
+        for bucket in buckets:
+            steps = bucket.states["step"]
+            torch._foreach_add_(steps, 1)
+            bucket.ratios = lamb_step_(
+                bucket.local,
+                bucket.grads,
+                bucket.states["exp_avg"],
+                bucket.states["exp_avg_sq"],
+                steps,
+                self.rule(bucket.group),
+                bucket.group["lr"],
+                impl=bucket.impl,
+                grad_divisor=divisor,
+                found_inf=found_inf,
+                reduce_norms=bucket.reduce,
+                table=bucket.table,
+                scratch=bucket.scratch,
+            )
+            if found_inf is not None:
+                torch._foreach_sub_(steps, [found_inf.to(steps[0].device)] * len(steps))
+        return loss

@@ -24,6 +24,7 @@ changes between steps; `lr_in_momentum=True` reproduces it. `trust_clip=True` is
 local rate never exceeds the global one. The arithmetic is in `batchery.kernels.lars`.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -167,26 +168,34 @@ class LARS(LayerwiseOptimizer):
         """Keep first steps apart from later ones."""
         return parameter in self._fresh
 
-    def update(self, bucket: Bucket, divisor: Tensor | None, found_inf: Tensor | None) -> Tensor:
-        """Step one bucket and return its local rates."""
-        first = bucket.params[0] in self._fresh
-        if first:
-            self._fresh.difference_update(bucket.params)
-            self._plans.clear()  # the next step's buckets need not keep these apart
-        return lars_step_(
-            bucket.local,
-            bucket.grads,
-            bucket.states.get("momentum_buffer", []),
-            self.rule(bucket.group),
-            bucket.group["lr"],
-            first=first,
-            impl=bucket.impl,
-            grad_divisor=divisor,
-            found_inf=found_inf,
-            reduce_norms=bucket.reduce,
-            table=bucket.table,
-            scratch=bucket.scratch,
-        )
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step and return the closure's loss.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+        """
+        loss, buckets, divisor, found_inf = self.begin_step(closure)
+        for bucket in buckets:
+            first = bucket.params[0] in self._fresh
+            if first:
+                self._fresh.difference_update(bucket.params)
+                self._plans.clear()  # the next step's buckets need not keep these apart
+            bucket.ratios = lars_step_(
+                bucket.local,
+                bucket.grads,
+                bucket.states.get("momentum_buffer", []),
+                self.rule(bucket.group),
+                bucket.group["lr"],
+                first=first,
+                impl=bucket.impl,
+                grad_divisor=divisor,
+                found_inf=found_inf,
+                reduce_norms=bucket.reduce,
+                table=bucket.table,
+                scratch=bucket.scratch,
+            )
+        return loss
 
     def _forget(self) -> None:
         super()._forget()

@@ -143,6 +143,7 @@ class Bucket:
     local: list[Tensor]  # this rank's part of each parameter
     grads: list[Tensor]  # this rank's part of each gradient of this step
     sharded: bool
+    ratios: Tensor | None = None  # of the last step
 
     def refresh(self) -> None:
         """Take up this step's gradients."""
@@ -154,10 +155,10 @@ class Bucket:
 
 
 class LayerwiseOptimizer(Optimizer, ABC):
-    """Base of LAMB and LARS: walks the groups and hands buckets of tensors to a kernel.
+    """Base of LAMB and LARS: sorts parameters into buckets, each for one kernel call.
 
-    A subclass names its tensors per parameter in `STATES`, checks its groups, makes its state and
-    steps a bucket.
+    A subclass names its tensors per parameter in `STATES`, checks its groups, makes its state, and
+    in `step` hands the buckets of `begin_step` to its kernel.
     """
 
     STATES: tuple[str, ...] = ()
@@ -173,7 +174,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
         self._step_supports_amp_scaling = bool(defaults["fused"])
 
     def _forget(self) -> None:
-        self._ratios: list[tuple[Bucket, Tensor]] = []
+        self._last: list[Bucket] = []
         self._plans: dict[int, tuple[object, list[Bucket]]] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -189,10 +190,6 @@ class LayerwiseOptimizer(Optimizer, ABC):
     @abstractmethod
     def supports_fused_cpu(self, bucket: Bucket) -> bool:
         """Say whether there is a fused form for these parameters on the CPU."""
-
-    @abstractmethod
-    def update(self, bucket: Bucket, divisor: Tensor | None, found_inf: Tensor | None) -> Tensor:
-        """Step one bucket and return its ratios."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its settings are checked like the constructor's."""
@@ -219,25 +216,24 @@ class LayerwiseOptimizer(Optimizer, ABC):
         """Say whether a group's steps are scaled by norms."""
         return bool(group["weight_decay"] != 0 if group["adapt"] == "auto" else group["adapt"])
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step.
+    def begin_step(
+        self, closure: Callable[[], float] | None
+    ) -> tuple[float | None, list[Bucket], Tensor | None, Tensor | None]:
+        """Prepare a step.
 
-        Args:
-            closure: reevaluates the model and returns the loss.
+        Returns:
+            The closure's loss; the buckets; what gradients are divided by (clipping, loss scale);
+            the flag of a GradScaler that found a gradient which is not finite. The last two are
+            0-d tensors on the device, or None.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        buckets = [
-            bucket for place in range(len(self.param_groups)) for bucket in self._plan(place)
-        ]
+        self._last = [b for place in range(len(self.param_groups)) for b in self._plan(place)]
         scale: Tensor | None = getattr(self, "grad_scale", None)
-        divisor = self._divisor(buckets, scale)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        self._ratios = [(b, self.update(b, divisor, found_inf)) for b in buckets]
-        return loss
+        return loss, self._last, self._divisor(self._last, scale), found_inf
 
     def _divisor(self, buckets: Sequence[Bucket], scale: Tensor | None) -> Tensor | None:
         """Return what all gradients are divided by, on the device, or None."""
@@ -396,8 +392,10 @@ class LayerwiseOptimizer(Optimizer, ABC):
             for place, parameter in enumerate(group["params"]):
                 names[id(parameter)] = len(names) if given is None else given[place]
         found = {}
-        for bucket, ratios in self._ratios:
-            rows = ratios.view(len(bucket.params), -1)
+        for bucket in self._last:
+            if bucket.ratios is None:
+                continue
+            rows = bucket.ratios.view(len(bucket.params), -1)
             for parameter, row in zip(bucket.params, rows, strict=True):
                 found[names[id(parameter)]] = row if bucket.group["blocks"] > 1 else row[0]
         return found
