@@ -11,6 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from batchery.kernels import lamb as lamb_kernel
-from batchery.kernels.multi_tensor import ChunkTable
+from batchery.kernels.multi_tensor import ChunkTable, triton
 from batchery.optim import LAMB, LARS
 
 BERT_LARGE = [(30522, 1024), (512, 1024), (2, 1024), (1024,), (1024,)] + 24 * (
@@ -171,7 +172,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device = torch.device(options.device)
-    found: dict[str, Any] = {"torch": torch.__version__}
+    found: dict[str, Any] = {"date": date.today().isoformat(), "torch": torch.__version__}
+    if triton is not None:
+        found["triton"] = triton.__version__
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(device)
         if options.sweep:
