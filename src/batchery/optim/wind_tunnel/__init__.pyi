@@ -1,0 +1,13 @@
+from .batch_law import MINICPM_BATCH_LAW as MINICPM_BATCH_LAW
+from .batch_law import BatchSizeLaw as BatchSizeLaw
+from .batch_law import fit_batch_size_law as fit_batch_size_law
+from .batch_law import optimal_batch_size as optimal_batch_size
+from .coordinates import coord_check as coord_check
+from .coordinates import coord_slopes as coord_slopes
+from .mup import MuP as MuP
+from .mup import MuPFactors as MuPFactors
+from .mup import mup_factors as mup_factors
+from .roles import find_roles as find_roles
+from .scaling_law import Optimum as Optimum
+from .scaling_law import ScalingLaw as ScalingLaw
+from .scaling_law import fit_scaling_law as fit_scaling_law

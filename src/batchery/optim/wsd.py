@@ -1,0 +1,449 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""WSD: a learning rate that warms up, stays constant, and decays when you decide to stop.
+
+Use it when the end of training is not known at its start: to extend a run, to read off the loss at
+several data sizes from one run, or to stop on a budget. Do not compare an undecayed point with the
+end of a cosine run: only a decayed branch is a finished model. Where one fixed budget is all there
+will ever be, cosine does as well.
+
+With W the end of warm-up, T the start of the decay, D its length and p = (s-T) / D, the learning
+rate of update s+1 is lr · f(s), s being the number of updates already made:
+
+    s < W             f = w0 + (1-w0) · (s+offset) / W
+    W <= s <= T       f = 1
+    T < s < T+D       f = ρ + (1-ρ) · h(p)        h: 1-p, (1+cos πp)/2, 1-√p, √(1-p), 1-p²
+                      f = ρ^p                     "exp"
+                      f = 0.5^((s-T)/H)           "exp" with half-life H, the paper's
+                      f = 1 / (p/ρ + 1-p)         "inverse"
+    s >= T+D          f = f(T+D)
+
+Reference: Hu et al., "MiniCPM: Unveiling the Potential of Small Language Models with Scalable
+Training Strategies", COLM 2024, arXiv 2404.06395. The default shape, 1-√p to zero, is from Hägele
+et al., arXiv 2405.18392.
+
+Where we differ: the paper prints its decay as 0.5^((s-T)/T); the T below the line is a half-life in
+steps, as in the authors' code, and read as the length of the stable phase it would hardly decay.
+Their code has neither a floor nor an end; `num_decay` ends ours. In transformers, whose numbers we
+match to the bit, `min_lr_ratio` is also where warm-up starts; ours is `warmup_start_ratio`.
+"""
+
+import math
+import warnings
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from batchery._core.state import check_fits
+from batchery._core.validate import integer, number, one_of, require
+from batchery.optim.wsd_curve import DecayShape, WarmupShape, check_shape, fall, rise
+
+Unit = Literal["steps", "samples", "tokens"]
+Phase = Literal["warmup", "stable", "decay", "done"]
+
+
+class WSDScheduler(LRScheduler):
+    """Warm-up, stable phase and a decay that may be planned or decided while training.
+
+    Every group keeps its own peak rate and follows the same factor, so that muP groups stay in
+    proportion. A rate that is a tensor is filled in place, without a host sync.
+
+    Args:
+        optimizer: whose groups' `lr` is the peak.
+        num_warmup: length of the warm-up, in `unit`.
+        num_training: planned total, in `unit`; None leaves the stable phase open until
+            `start_decay`.
+        num_decay: length of the decay: an int in `unit`, or a fraction of the total in (0, 1].
+            For a decay started at s, a fraction φ means s · φ / (1-φ), so that it is φ of the
+            total it ends at.
+        shape: form of the decay.
+        min_ratio: ρ, the factor at the end.
+        half_life: for shape `"exp"`: in `unit`, the paper's form.
+        warmup_start_ratio: the factor at the start.
+        warmup_shape: form of the warm-up.
+        offset: 1 gives the first update of a warm-up a rate above 0.
+        unit: what `step(n)` counts. With a batch size that changes, count samples or tokens.
+        on_end: what `step` does after the end: hold the last rate, or raise.
+        decouple_wd: keep lr · weight decay at its peak value, as AdamW's decay would else fall
+            with the rate. It changes `weight_decay` in the groups.
+        last_epoch: units already made, less 1, as in every torch scheduler; prefer
+            `load_state_dict`.
+
+    Raises:
+        ValueError: a length, fraction or shape that makes no sense, or warm-up and decay longer
+            than the whole.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> optimizer = torch.optim.SGD([weight], lr=1.0)
+        >>> scheduler = WSDScheduler(optimizer, num_warmup=2, num_decay=2, shape="linear")
+        >>> rates = []
+        >>> for step in range(7):
+        ...     if step == 4:
+        ...         length = scheduler.start_decay()
+        ...     rates.append(optimizer.param_groups[0]["lr"])
+        ...     optimizer.step()
+        ...     scheduler.step()
+        >>> rates
+        [0.0, 0.5, 1.0, 1.0, 1.0, 0.5, 0.0]
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        num_warmup: int,
+        num_training: int | None = None,
+        num_decay: int | float = 0.1,
+        *,
+        shape: DecayShape = "1-sqrt",
+        min_ratio: float = 0.0,
+        half_life: float | None = None,
+        warmup_start_ratio: float = 0.0,
+        warmup_shape: WarmupShape = "linear",
+        offset: int = 0,
+        unit: Unit = "steps",
+        on_end: Literal["hold", "raise"] = "hold",
+        decouple_wd: bool = False,
+        last_epoch: int = -1,
+    ) -> None:
+        """Check the plan and set the first rate; see the class."""
+        owner = type(self).__name__
+        check_shape(owner, shape, warmup_shape, min_ratio, half_life, warmup_start_ratio, offset)
+        one_of(owner, "unit", unit, get_args(Unit))
+        one_of(owner, "on_end", on_end, ("hold", "raise"))
+        integer(owner, "last_epoch", last_epoch, at_least=-1)
+        # Plain numbers, so that a saved state loads with weights_only.
+        self.num_warmup = int(integer(owner, "num_warmup", num_warmup, at_least=0))
+        self.num_training = num_training
+        self.num_decay = self._length("num_decay", num_decay, open_end=num_training is None)
+        self.shape = shape
+        self.min_ratio = float(min_ratio)
+        self.half_life = None if half_life is None else float(half_life)
+        self.warmup_start_ratio = float(warmup_start_ratio)
+        self.warmup_shape = warmup_shape
+        self.offset = int(offset)
+        self.unit = unit
+        self.on_end = on_end
+        self.decouple_wd = decouple_wd
+        self.decay_start: int | None = None
+        self.decay_length = 0
+        self._decay_from = 1.0  # factor at which the decay starts: < 1 when it cuts a warm-up
+        self._rewarm_start: int | None = None
+        self._rewarm_length = 0
+        if num_training is not None:
+            self.num_training = total = int(
+                integer(owner, "num_training", num_training, at_least=1)
+            )
+            length = self.num_decay
+            if isinstance(length, float):
+                length = max(1, round(length * total))
+            rule = f"must be >= num_warmup + num_decay = {num_warmup} + {length}"
+            require(num_warmup + length <= total, owner, "num_training", rule, total)
+            self.decay_start, self.decay_length = total - length, length
+        super().__init__(optimizer, last_epoch)
+
+    def _initial_step(self) -> None:
+        """Read the peaks and set the first rate; the base class calls it, once."""
+        self._step_count = 1
+        self.last_epoch += 1
+        self.base_lrs = [float(lr) for lr in self.base_lrs]
+        groups = self.optimizer.param_groups
+        self.base_wds: list[float] = []
+        if self.decouple_wd:
+            decays = all("weight_decay" in group for group in groups)
+            rule = "needs an optimizer whose groups have weight_decay"
+            require(decays, type(self).__name__, "decouple_wd", rule, type(self.optimizer).__name__)
+            # Like torch's initial_lr: a scheduler rebuilt on a decayed optimizer finds the peak.
+            self.base_wds = [
+                float(group.setdefault("initial_weight_decay", group["weight_decay"]))
+                for group in groups
+            ]
+        self._write()
+
+    def _length(self, argument: str, value: int | float, *, open_end: bool) -> int | float:
+        owner = type(self).__name__
+        if not isinstance(value, float):
+            return int(integer(owner, argument, value, at_least=1))
+        number(owner, argument, value, above=0, at_most=1)
+        rule = "must be < 1 as a fraction of a total that is not known yet"
+        require(value < 1 or not open_end, owner, argument, rule, value)
+        return float(value)
+
+    @property
+    def phase(self) -> Phase:
+        """Where the schedule stands: `"warmup"` (also a re-warm), `"stable"`, `"decay"`, `"done"`.
+
+        A decay that was started but has not yet lowered the rate counts as `"decay"`.
+        """
+        position, start = self.last_epoch, self.decay_start
+        if start is not None and position >= start:
+            return "done" if position >= start + self.decay_length else "decay"
+        again = self._rewarm_start
+        if again is not None and position < again + self._rewarm_length:
+            return "warmup"
+        return "warmup" if position < self.num_warmup else "stable"
+
+    def factor(self) -> float:
+        """Return the factor on every group's peak rate for the next update."""
+        position, start = self.last_epoch, self.decay_start
+        if start is not None and position >= start:
+            return self._decay_from * fall(
+                position - start, self.decay_length, self.shape, self.min_ratio, self.half_life
+            )
+        again, length = self._rewarm_start, self._rewarm_length
+        value = 1.0
+        if again is not None and position < again + length:
+            value = rise(position - again, length, "linear", 0.0, self.offset)
+        if position < self.num_warmup:
+            value *= rise(
+                position, self.num_warmup, self.warmup_shape, self.warmup_start_ratio, self.offset
+            )
+        return value
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Return the rate of every group for the next update."""
+        factor = self.factor()
+        return [base * factor for base in self.base_lrs]
+
+    def step(self, n: int | None = None) -> None:
+        """Count `n` units and set the rates; call it after the optimizer's step.
+
+        Args:
+            n: samples or tokens of the global batch of the update just made. Steps need none.
+
+        Raises:
+            TypeError: `n` is not an integer.
+            ValueError: `n` is negative, or missing although the unit is not steps.
+            RuntimeError: the schedule had ended and `on_end` is `"raise"`.
+        """
+        owner = type(self).__name__
+        if n is None:
+            require(self.unit == "steps", owner, "n", f"must be a number of {self.unit}", n)
+            n = 1
+        n = int(integer(owner, "n", n, at_least=0))
+        if self.on_end == "raise" and self.phase == "done":
+            raise RuntimeError(f"{owner}: the decay ended at {self.last_epoch} {self.unit}")
+        if self._step_count == 1 and not getattr(self.optimizer, "_opt_called", False):
+            warnings.warn("call optimizer.step() before scheduler.step()", stacklevel=2)
+        self._step_count += 1
+        self.last_epoch += n
+        self._write()
+
+    def _write(self) -> None:
+        factor = self.factor()
+        rates = [base * factor for base in self.base_lrs]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            held = group["lr"]
+            if isinstance(held, Tensor):
+                held.fill_(rate)  # in place: fused kernels and CUDA graphs keep its address
+            else:
+                group["lr"] = rate
+        if factor > 0:  # at a rate of 0 there is nothing to decay with
+            for group, decay in zip(self.optimizer.param_groups, self.base_wds, strict=False):
+                group["weight_decay"] = decay / factor
+        self._last_lr = rates
+
+    def decay_length_from_here(self, num_decay: int | float | None = None) -> int:
+        """Return how many units a decay that starts now would take; see `start_decay`."""
+        given = self.num_decay if num_decay is None else num_decay
+        length = self._length("num_decay", given, open_end=True)
+        if isinstance(length, float):
+            return max(1, round(self.last_epoch * length / (1.0 - length)))
+        return length
+
+    def start_decay(self, num_decay: int | float | None = None) -> int:
+        """Start the decay now, in place of a planned one.
+
+        In a warm-up it starts from the rate that has been reached.
+
+        Args:
+            num_decay: its length in `unit`, or as the fraction of the total it will end at; by
+                default as given to the scheduler.
+
+        Returns:
+            The length of the decay in `unit`.
+
+        Raises:
+            ValueError: the decay has already started; the message says where.
+        """
+        self._require_undecayed("start_decay")
+        length = self.decay_length_from_here(num_decay)
+        self._decay_from = self.factor()
+        self.decay_start, self.decay_length = self.last_epoch, length
+        return length
+
+    def fork(self, num_decay: int | float | None = None) -> dict[str, Any]:
+        """Return the state of a branch that decays from here; this schedule goes on unchanged.
+
+        Load it into a scheduler built with the same arguments, beside copies of the weights and of
+        the optimizer's state, and go on with the same order of data.
+
+        Args:
+            num_decay: as in `start_decay`.
+        """
+        self._require_undecayed("fork")
+        length = self.decay_length_from_here(num_decay)
+        return {
+            **self.state_dict(),
+            "decay_start": self.last_epoch,
+            "decay_length": length,
+            "_decay_from": self.factor(),
+        }
+
+    def _require_undecayed(self, method: str) -> None:
+        if self.phase in ("decay", "done"):
+            raise ValueError(
+                f"{type(self).__name__}: {method} must come before a decay, "
+                f"got one that started at {self.decay_start} {self.unit}"
+            )
+
+    def rewarm(self, n: int) -> None:
+        """Climb linearly from 0 to the peak over `n` units from here; 0 jumps to the peak.
+
+        After a decay it opens a new stable phase (as WSD-S does); before one, a plan stays.
+
+        Raises:
+            ValueError: `n` is negative, or reaches past the start of a planned decay.
+        """
+        owner = type(self).__name__
+        integer(owner, "n", n, at_least=0)
+        if self.phase in ("decay", "done"):
+            self.decay_start, self.decay_length = None, 0
+            self._decay_from = 1.0
+        elif self.decay_start is not None:
+            room = self.decay_start - self.last_epoch
+            require(n <= room, owner, "n", f"must be <= {room}, where the decay starts", n)
+        self._rewarm_start, self._rewarm_length = self.last_epoch, n
+        self._write()
+
+    def time_left(self) -> float:
+        """Return the units left to the end of the decay; infinity while the end is open."""
+        if self.decay_start is None:
+            return math.inf
+        return max(0, self.decay_start + self.decay_length - self.last_epoch)
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _SETTINGS}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the whole state: settings, peaks, position, decay and re-warm; plain values."""
+        state = self._settings() | {name: getattr(self, name) for name in _STATE}
+        for name in ("base_lrs", "base_wds", "_last_lr"):
+            state[name] = list(getattr(self, name))
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any], *, strict: bool = True) -> None:
+        """Load a state of `state_dict` or `fork`, and set the rates that belong to it.
+
+        Args:
+            state_dict: the saved state.
+            strict: refuse a state made with other settings. Otherwise this object's settings
+                stay, and so does its plan unless the saved decay had started.
+
+        Raises:
+            ValueError: it is no state of this class, has another number of groups, or settings
+                differ (strict; both values are named) or would have started the decay before.
+        """
+        owner = type(self).__name__
+        settings = self._settings()
+        expected = settings if strict else {"unit": self.unit}
+        check_fits(owner, state_dict, expected)
+        for name in (*_STATE, "base_lrs", "base_wds"):
+            require(name in state_dict, owner, "state_dict", f"must hold {name!r}", [*state_dict])
+        found, groups = len(state_dict["base_lrs"]), len(self.optimizer.param_groups)
+        require(found == groups, owner, "base_lrs", f"must be of {groups} groups", found)
+        start, at = state_dict["decay_start"], state_dict["last_epoch"]
+        saved_plan = strict or (start is not None and at >= start)
+        if not saved_plan and self.decay_start is not None:
+            rule = f"must put the decay after {at}, where the saved run is"
+            require(at <= self.decay_start, owner, "num_training", rule, self.num_training)
+        for name in _STATE:
+            if saved_plan or name not in _PLAN:
+                setattr(self, name, state_dict[name])
+        self.base_lrs = list(state_dict["base_lrs"])
+        if len(state_dict["base_wds"]) == len(self.base_wds):
+            self.base_wds = list(state_dict["base_wds"])
+        self._write()
+
+    def __repr__(self) -> str:
+        """Show the settings that differ between runs, and the position."""
+        return (
+            f"{type(self).__name__}(num_warmup={self.num_warmup}, "
+            f"num_training={self.num_training}, num_decay={self.num_decay}, "
+            f"shape={self.shape!r}, min_ratio={self.min_ratio}, unit={self.unit!r}, "
+            f"at={self.last_epoch}, phase={self.phase!r})"
+        )
+
+
+_SETTINGS = (
+    "num_warmup",
+    "num_training",
+    "num_decay",
+    "shape",
+    "min_ratio",
+    "half_life",
+    "warmup_start_ratio",
+    "warmup_shape",
+    "offset",
+    "unit",
+    "on_end",
+    "decouple_wd",
+)
+_PLAN = ("decay_start", "decay_length", "_decay_from")
+_STATE = ("last_epoch", "_step_count", *_PLAN, "_rewarm_start", "_rewarm_length")
+
+
+def get_wsd_schedule(
+    optimizer: Optimizer,
+    num_warmup_steps: int,
+    num_decay_steps: int,
+    num_training_steps: int | None = None,
+    num_stable_steps: int | None = None,
+    warmup_type: WarmupShape = "linear",
+    decay_type: DecayShape = "cosine",
+    min_lr_ratio: float = 0.0,
+    num_cycles: float = 0.5,
+    last_epoch: int = -1,
+) -> WSDScheduler:
+    """Build a `WSDScheduler` from the arguments of `transformers.get_wsd_schedule`.
+
+    Its rates equal those of transformers to the bit; warm-up, too, starts at `min_lr_ratio`.
+
+    Args:
+        optimizer: whose rates to schedule.
+        num_warmup_steps: length of the warm-up.
+        num_decay_steps: length of the decay.
+        num_training_steps: the whole; or give `num_stable_steps`.
+        num_stable_steps: length of the constant phase.
+        warmup_type: form of the warm-up.
+        decay_type: form of the decay; all of ours are allowed.
+        min_lr_ratio: factor at both ends.
+        num_cycles: only 0.5, a single fall, is supported.
+        last_epoch: as in every torch scheduler.
+
+    Raises:
+        ValueError: neither or disagreeing lengths are given, or `num_cycles` is not 0.5.
+    """
+    owner = "get_wsd_schedule"
+    require(num_cycles == 0.5, owner, "num_cycles", "must be 0.5", num_cycles)
+    total = num_training_steps
+    if num_stable_steps is not None:
+        integer(owner, "num_stable_steps", num_stable_steps, at_least=0)
+        total = num_warmup_steps + num_stable_steps + num_decay_steps
+        agree = num_training_steps in (None, total)
+        require(agree, owner, "num_training_steps", f"must be {total}", num_training_steps)
+    given = total is not None
+    require(given, owner, "num_training_steps", "or num_stable_steps must be given", total)
+    return WSDScheduler(
+        optimizer,
+        num_warmup_steps,
+        total,
+        num_decay_steps,
+        shape=decay_type,
+        min_ratio=min_lr_ratio,
+        warmup_start_ratio=min_lr_ratio,
+        warmup_shape=warmup_type,
+        last_epoch=last_epoch,
+    )
