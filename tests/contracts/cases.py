@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from batchery.cards import load_cards
-from batchery.optim import LAMB, LARS
+from batchery.optim import LAMB, LARS, WSDScheduler
+from batchery.select import HardBatchSampler, ResumableBatchSampler
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ def _lars(params, lr=0.5, **kinds):
     return LARS(params, lr=lr, weight_decay=kinds.pop("weight_decay", 0.01), **kinds)
 
 
+def _wsd(optimizer, num_warmup=3, num_training=20, num_decay=10, **kinds):
+    return WSDScheduler(optimizer, num_warmup, num_training, num_decay, **kinds)
+
+
 CASES = {
     case.path: case
     for case in (
@@ -68,6 +73,34 @@ CASES = {
                 ({"lr": float("nan")}, ValueError, "LARS: lr must be >= 0, got nan"),
                 ({"momentum": 1.0}, ValueError, "LARS: momentum .* got 1.0"),
                 ({"variant": "x"}, ValueError, "LARS: variant .* got 'x'"),
+            ],
+        ),
+        Case(
+            "batchery.optim.WSDScheduler",
+            _wsd,
+            [
+                ({"num_decay": 1.5}, ValueError, "WSDScheduler: num_decay .* got 1.5"),
+                ({"num_warmup": 2.5}, TypeError, "WSDScheduler: num_warmup .* got float"),
+                ({"num_warmup": 11}, ValueError, "WSDScheduler: num_training .* 11 .* got 20"),
+                ({"shape": "exp"}, ValueError, "WSDScheduler: min_ratio .* got 0"),
+                ({"unit": "epochs"}, ValueError, "WSDScheduler: unit .* got 'epochs'"),
+            ],
+        ),
+        Case(
+            "batchery.select.ResumableBatchSampler",
+            ResumableBatchSampler,
+            [
+                ({"batch_size": 0}, ValueError, "ResumableBatchSampler: batch_size must be >= 1"),
+                ({"rank": 1}, ValueError, "rank must be given together with world_size, got 1"),
+            ],
+        ),
+        Case(
+            "batchery.select.HardBatchSampler",
+            HardBatchSampler,
+            [
+                ({"delta": 0.0}, ValueError, "HardBatchSampler: delta must be > 0 .* got 0.0"),
+                ({"mode": "x"}, ValueError, "HardBatchSampler: mode must be one of .* got 'x'"),
+                ({"batch_size": 25}, ValueError, "must make at least 2 batches, got 1"),
             ],
         ),
     )

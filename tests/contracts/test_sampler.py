@@ -96,6 +96,41 @@ def test_a_data_loader_takes_it(case, workers):
 
 
 @every
+def test_a_state_counts_what_was_used_and_not_what_was_read_ahead(case):
+    whole = [list(batch) for batch in case.build(SIZE, BATCH)]
+    sampler = case.build(SIZE, BATCH)
+    batches = iter(sampler)
+    for _ in range(7):
+        next(batches)
+    again = case.build(SIZE, BATCH)
+    again.load_state_dict(sampler.state_dict(consumed=3))
+    assert [list(batch) for batch in again] == whole[3:]
+
+
+@every
+def test_a_state_from_the_end_of_an_epoch_leads_to_the_next(case):
+    sampler = case.build(SIZE, BATCH)
+    list(sampler)
+    again = case.build(SIZE, BATCH)
+    again.load_state_dict(sampler.state_dict())
+    assert [list(batch) for batch in again] == [list(batch) for batch in sampler] != []
+
+
+@every
+@pytest.mark.parametrize("extra", [1, 2, 3])
+def test_an_uneven_end_loses_and_repeats_nothing_and_leaves_no_rank_without(case, extra):
+    shares = [
+        [
+            list(batch)
+            for batch in case.build(SIZE + extra, BATCH, drop_last=False, rank=rank, world_size=2)
+        ]
+        for rank in range(2)
+    ]
+    assert Counter(i for share in shares for b in share for i in b) == Counter(range(SIZE + extra))
+    assert all(a and b for a, b in zip(*shares, strict=True))
+
+
+@every
 def test_a_state_of_other_settings_is_refused(case):
     state = case.build(SIZE, BATCH).state_dict()
     for size, batch in ((SIZE * 2, BATCH), (SIZE, BATCH * 2)):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does one learning-rate rule carry LAMB, and LARS, to a batch 16 times as large?
 
-Two tasks. A character model on Python's standard-library source, trained on a fixed number of
+Two tasks. A language model on Python's standard-library source, trained on a fixed number of
 samples at growing batches: AdamW, SGD and LAMB, each with the learning rate that suits it at the
 smallest batch, scaled by the square root. A small convolutional network with batch normalisation
 on digits: SGD and LARS, scaled linearly.
@@ -23,13 +23,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from batchery import datasets
 from batchery._core.random import derive_seed, new_generator
 from batchery.optim import LAMB, LARS, layer_adaptation_groups, scale_lr, warmup_fraction
-from batchery.studies.char import (
-    CharPerceptron,
-    char_loss,
-    char_text,
-    held_out_loss,
-    windows,
-)
+from batchery.studies import char, lab
+from batchery.studies.char import CharPerceptron, char_loss, char_text, windows
+from batchery.studies.lab import LabSize
 from batchery.studies.study import Comparison, Metric, Outcome, Scale, Study, Trial
 
 if TYPE_CHECKING:
@@ -44,8 +40,7 @@ BASE_WARMUP = 1 / 80  # share of the steps at the smallest batch; 16 times the b
 class Size:
     """How large the two tasks are at a scale."""
 
-    context: int
-    width: int
+    model: LabSize | tuple[int, int]  # the lab's Llama, or context and width of the perceptron
     samples: int
     batches: tuple[int, ...]
     epochs: int  # of the digits
@@ -53,10 +48,11 @@ class Size:
 
 
 SIZES: dict[Scale, Size] = {
-    "smoke": Size(8, 32, 4_000, (100, 400), 1, (64, 512)),
-    "cpu": Size(12, 192, 81_920, (128, 512, 2048), 12, (64, 512)),
-    "gpu": Size(12, 192, 81_920, (128, 512, 2048), 30, (64, 512)),
+    "smoke": Size((8, 32), 4_000, (100, 400), 1, (64, 512)),
+    "cpu": Size((12, 192), 81_920, (128, 512, 2048), 12, (64, 512)),
+    "gpu": Size(LabSize("lamb", 256, 4, 4, 2, context=128), 40_960, (64, 256, 1024), 30, (64, 512)),
 }
+MICRO_BATCH = 256  # sequences of the Llama that go through at once
 
 
 Build = Callable[[nn.Module, float], torch.optim.Optimizer]
@@ -100,21 +96,40 @@ def _schedule(optimizer: torch.optim.Optimizer, steps: int, batch: int, base: in
 
 
 def _train_text(arm: str, lr: float, batch: int, seed: int, trial: Trial) -> float:
-    """Train the character model and return its held-out loss in nats per character."""
+    """Train the language model and return its held-out loss, in nats per character or token."""
     size = SIZES[trial.scale]
-    model = CharPerceptron(size.context, size.width, seed)
-    optimizer = OPTIMIZERS[arm][0](model, lr)
     steps = size.samples // batch
-    schedule = _schedule(optimizer, steps, batch, size.batches[0])
-    rows = windows(char_text()[0], size.samples, size.context, new_generator(seed, "order"))
-    for step in range(steps):
-        loss = char_loss(model, rows[step * batch : (step + 1) * batch])
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-    final = held_out_loss(model)
+
+    def wire(model: nn.Module) -> tuple[torch.optim.Optimizer, LambdaLR]:
+        optimizer = OPTIMIZERS[arm][0](model, lr)
+        return optimizer, _schedule(optimizer, steps, batch, size.batches[0])
+
+    if isinstance(size.model, LabSize):
+        context = size.model.context
+        tokens, held_out = _tokens(trial.device)
+        llama = lab.new_model(size.model, seed).to(trial.device)
+        rows = lab.batches(tokens, batch, context, seed)
+        lab.train(llama, rows, *wire(llama), steps, micro_batch=MICRO_BATCH, max_grad_norm=None)
+        final = lab.held_out_loss(llama, held_out, context)
+    else:
+        perceptron = CharPerceptron(*size.model, seed)
+        optimizer, schedule = wire(perceptron)
+        generator = new_generator(seed, "order")
+        examples = windows(char_text()[0], size.samples, perceptron.context, generator)
+        for step in range(steps):
+            loss = char_loss(perceptron, examples[step * batch : (step + 1) * batch])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+        final = char.held_out_loss(perceptron)
     return final if math.isfinite(final) else math.inf
+
+
+@functools.cache
+def _tokens(device: torch.device) -> tuple[Tensor, Tensor]:
+    text = lab.lab_text()
+    return text.train.to(device), text.held_out
 
 
 def _digit_model() -> nn.Module:
@@ -265,7 +280,7 @@ def _draw(figure: Figure, result: dict[str, Any]) -> None:
             best = min(rates, key=lambda pair: pair[1])[0]
             points = [(lr / best, loss) for lr, loss in rates]
             basins.plot(*zip(*points, strict=True), "o-", color=f"C{color}", label=arm["name"])
-    curves.set(xscale="log", xlabel="batch", ylabel="held-out loss (nats per character)")
+    curves.set(xscale="log", xlabel="batch", ylabel="held-out loss (nats)")
     curves.legend()
     basins.set(xscale="log", xlabel="learning rate over the best, largest batch")
 
@@ -281,9 +296,10 @@ STUDY = Study(
         "rate is found at the smallest batch by the same walk in factors of two, on a seed that is "
         "not judged, then scaled by the square root of the batch (text) or linearly (digits), with "
         "linear-epoch warm-up and linear decay; 'retuned' repeats the walk at the largest batch. "
-        "Text: Python's standard-library source, last tenth held out; a perceptron over 12 "
-        "characters (cpu) or a 4-layer transformer (gpu). Digits: a small network with batch "
-        "normalisation. Decay and adaptation leave out biases and norms for every optimizer."
+        "Text: Python's standard-library source, a tenth held out; a perceptron over 12 characters "
+        "(cpu), or the lab's Llama with 4 layers of width 256 over 128 tokens, without gradient "
+        "clipping (gpu). Digits: a small network with batch normalisation. Decay and adaptation "
+        "leave out biases and norms for every optimizer."
     ),
     arms={
         "adamw": _text_arm("adamw"),

@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Hard batches: after one ordinary epoch, train only on the batches whose last loss was highest.
+
+Use it as an importance-sampling baseline where a part of the data stays hard: rare classes, long
+tails. Do not expect much from it on balanced data. The batches are fixed, so a batch's loss is a
+mean of B random losses and differs from other batches' by σ/√B; most of what selection does
+there is to visit some batches more often. `mode="sample"` selects examples and has no such limit.
+With noisy labels the highest losses are the wrong labels: lower `clip_quantile`.
+
+With n units (batches, or examples in sample mode), score s_i and k = max(1, int(δ n)):
+
+    round 0 … warmup-1    all n units; s_i = loss of unit i in its own update, before the step
+    later rounds          the k units of highest s; ties: the one ranked higher before
+                          a score stays as it is until its unit is trained again ("stale"), or
+                          s_i ← a s_i + (1-a) loss ("ema")
+
+A budget of E epochs is E·b updates over b batches, not E passes: `train_budget`. Training with
+equal updates is the only fair comparison.
+
+Reference: Sahayam, Zakkam, Jayaraman, "Can we learn better with hard samples?", arXiv 2304.03486.
+
+Where we differ: the authors' code does not shuffle before it fixes the batches
+(`shuffle_partition=False`), loads the batches that it skips, never trains when δ b < 1 (k is at
+least 1 here), and passes over the data until a number of updates is reached, which its "zeta"
+does not bound; we have no zeta. The text can be read as re-evaluating all losses in each round:
+for that, report a forward pass over the data before each `iter()`; of several reports on an
+example within a round the last counts. A unit without a score goes first if it was never
+trained and last if its loss was never finite. Ties in sample mode go to the lower index, since
+a ranking of all examples would cost more than the selection.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from batchery._core.random import new_generator
+from batchery._core.validate import integer, number, one_of, require
+from batchery.select.batch_sampler import ResumableBatchSampler
+from batchery.select.hardness import Floats, Hardness, Ints, explore, falling, force, highest
+
+
+class RoundStats(NamedTuple):
+    """What a selection looked like.
+
+    Attributes:
+        mean_selected: mean score of the selected units that have one; NaN when none has.
+        mean_all: the same over all units.
+        age_max: rounds since the unit that was left out longest was trained; 0 at first.
+    """
+
+    mean_selected: float
+    mean_all: float
+    age_max: int
+
+
+def train_budget(
+    num_batches: int, epochs: int, delta: float, warmup_epochs: int = 1
+) -> tuple[int, int]:
+    """Return (rounds, updates) that equal `epochs` ordinary epochs in updates.
+
+    The last round is cut short where the updates are used up.
+
+    Args:
+        num_batches: b, batches of an ordinary epoch.
+        epochs: E, at least `warmup_epochs`.
+        delta: share of the batches that a round keeps, in (0, 1].
+        warmup_epochs: rounds that keep all.
+
+    Example:
+        >>> train_budget(10, epochs=4, delta=0.4)  # 10 + 7 · 4 + 2
+        (9, 40)
+    """
+    owner = "train_budget"
+    integer(owner, "num_batches", num_batches, at_least=1)
+    integer(owner, "warmup_epochs", warmup_epochs, at_least=1)
+    integer(owner, "epochs", epochs, at_least=warmup_epochs)
+    number(owner, "delta", delta, above=0, at_most=1)
+    kept = max(1, int(delta * num_batches))
+    return warmup_epochs + math.ceil((epochs - warmup_epochs) * num_batches / kept), (
+        epochs * num_batches
+    )
+
+
+class HardBatchSampler(ResumableBatchSampler):
+    """A batch sampler whose passes, after the first, hold only what was hardest.
+
+    Iterating yields one round; in the base class's words a round is an epoch. Report the loss of
+    every batch with `update`. The selection of a round uses what was reported before its `iter()`,
+    so that a loader may read ahead within the round.
+
+    On several ranks each trains and reports its share of the same global batches. At the end of a
+    round the ranks add up their reports in one collective, inside `iter()` or `set_epoch()`. With
+    `rank` and `world_size` given and no process group, report every rank's losses to every rank.
+
+    Args:
+        data_source_or_len: the data set, or its number of examples.
+        batch_size: examples of a global batch, over all ranks.
+        delta: δ, the share of units that a round keeps, in (0, 1]; 1 is ordinary training. With
+            `drop_last`, examples are kept in full batches.
+        mode: select whole batches of a fixed partition (the paper), or examples.
+        regroup: how a round's batches are made. `"fixed"` is batch mode's; in sample mode
+            `"random"` shuffles the selected examples, `"sorted"` puts equally hard ones together.
+        refresh: a new loss replaces the score, or is averaged into it (`"ema"`).
+        ema: a, the weight of the old score.
+        exploration: probability that a selected unit gives way to a random unselected one.
+        max_age: a unit left out of this many rounds in a row is in the next; 0 is off. More such
+            units than a round holds wait for their turn, the oldest first.
+        warmup_epochs: rounds that keep everything, at least 1.
+        order: in which the selected batches are visited: by batch index, hardest first, or
+            shuffled. A short batch comes last.
+        shuffle_partition: draw the fixed batches at random; else cut them by index.
+        repartition_every: in batch mode, draw new batches every so many rounds, whose scores are
+            the means that their examples bring along; 0 is never. With `drop_last` a partition
+            that stays leaves out the same examples for ever.
+        clip_quantile: units above this quantile of the scores come last; below 1 where labels are
+            noisy.
+        drop_last: leave out what does not fill a batch.
+        generator: whose initial seed decides everything random.
+        rank: as in the base class, and so are the two that follow.
+        world_size: number of processes.
+        process_group: the ranks that share the batches and add up their scores.
+
+    Raises:
+        ValueError: an argument is out of range, belongs to the other mode, or leaves fewer than
+            two batches.
+
+    Example:
+        >>> sampler = HardBatchSampler(8, 2, delta=0.5, shuffle_partition=False)
+        >>> for batch, loss in zip(sampler, [0.1, 0.9, 0.4, 0.7]):
+        ...     sampler.update(loss)
+        >>> list(sampler), sampler.selected.tolist()
+        ([[2, 3], [6, 7]], [1, 3])
+    """
+
+    def __init__(
+        self,
+        data_source_or_len: Sized | int,
+        batch_size: int,
+        delta: float = 0.5,
+        *,
+        mode: Literal["batch", "sample"] = "batch",
+        regroup: Literal["fixed", "random", "sorted"] | None = None,
+        refresh: Literal["stale", "ema"] = "stale",
+        ema: float = 0.9,
+        exploration: float = 0.0,
+        max_age: int = 0,
+        warmup_epochs: int = 1,
+        order: Literal["index", "hardest", "shuffle"] = "index",
+        shuffle_partition: bool = True,
+        repartition_every: int = 0,
+        clip_quantile: float = 1.0,
+        drop_last: bool = True,
+        generator: torch.Generator | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Check the arguments and draw the batches; see the class."""
+        owner = type(self).__name__
+        one_of(owner, "mode", mode, ("batch", "sample"))
+        whole = mode == "batch"
+        regroup = regroup or ("fixed" if whole else "random")
+        groups = ("fixed",) if whole else ("random", "sorted")
+        orders = ("index", "shuffle") if regroup == "random" else ("index", "hardest", "shuffle")
+        one_of(owner, f"regroup in mode {mode!r}", regroup, groups)
+        one_of(owner, f"order with regroup {regroup!r}", order, orders)
+        one_of(owner, "refresh", refresh, ("stale", "ema"))
+        number(owner, "delta", delta, above=0, at_most=1)
+        number(owner, "ema", ema, at_least=0, at_most=1)
+        number(owner, "exploration", exploration, at_least=0, at_most=1)
+        number(owner, "clip_quantile", clip_quantile, above=0, at_most=1)
+        integer(owner, "max_age", max_age, at_least=0)
+        integer(owner, "warmup_epochs", warmup_epochs, at_least=1)
+        every = integer(owner, "repartition_every", repartition_every, at_least=0)
+        movable = whole and shuffle_partition
+        rule = "must be 0 unless mode is 'batch' and shuffle_partition is on"
+        require(movable or every == 0, owner, "repartition_every", rule, every)
+        super().__init__(
+            data_source_or_len,
+            batch_size,
+            shuffle=shuffle_partition,
+            drop_last=drop_last,
+            generator=generator,
+            rank=rank,
+            world_size=world_size,
+            process_group=process_group,
+        )
+        self.delta = delta
+        self.mode = mode
+        self.regroup = regroup
+        self.refresh = refresh
+        self.ema = ema
+        self.exploration = exploration
+        self.max_age = max_age
+        self.warmup_epochs = warmup_epochs
+        self.order = order
+        self.repartition_every = repartition_every
+        self.clip_quantile = clip_quantile
+        batches = self.batches_per_epoch
+        require(batches >= 2, owner, "data_source_or_len", "must make at least 2 batches", batches)
+        units, least = (batches, 1) if whole else (self.num_examples, batch_size)
+        kept = int(delta * units)
+        if kept < least:
+            warnings.warn(
+                f"{owner}: delta {delta} is less than one batch; keeping one", stacklevel=2
+            )
+            kept = least
+        self._kept = kept - kept % least if drop_last else kept
+        keep = ema if refresh == "ema" else 0.0
+        self._hardness = Hardness(self.num_examples, units, keep)
+        self._ranking = np.arange(units if whole else 0)
+        self._reported = 0  # batches since iter() that were reported without indices
+        self._partition_number = 0
+        if whole:
+            self._deal(0)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """b, the number of batches that would hold all examples."""
+        full, rest = divmod(self.num_examples, self._first_batch_size)
+        return full + (rest > 0 and not self.drop_last)
+
+    def _deal(self, number: int) -> None:
+        """Draw the fixed batches: the order they are cut from, and the batch of each example."""
+        size, count = self._first_batch_size, self.num_examples
+        generator = new_generator(self._seed, "partition", number)
+        dealt = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
+        self._partition = dealt[: count - count % size] if self.drop_last else dealt
+        self._partition_number = number
+        self._batch_of = np.full(count, -1)
+        self._batch_of[self._partition.numpy()] = np.arange(len(self._partition)) // size
+
+    def _units_of(self, examples: Ints) -> Ints:
+        """Return the units that examples belong to; -1 for those that are in no batch."""
+        return examples if self.mode == "sample" else self._batch_of[examples]
+
+    def update(self, loss: float | Tensor, indices: Sequence[int] | Tensor | None = None) -> None:
+        """Report the loss of a batch, or of examples. Nothing waits for the device.
+
+        Losses that are not finite leave scores as they are; they are counted in `not_finite`, and
+        the first ones warn.
+
+        Args:
+            loss: mean loss of this rank's share of a batch (a number or a tensor of one element),
+                or a loss for each of its examples (`[n]`), of any floating dtype, on any device.
+            indices: the examples' indices in the data set (`[n]`). Without them the report is on
+                the first batch since `iter()` that has none: report every batch, in order.
+
+        Raises:
+            TypeError: no indices in sample mode.
+            IndexError: an index is outside the data set (raised at the next round when indices
+                lie on another device than the CPU).
+            ValueError: the number of losses is neither 1 nor that of the indices.
+            RuntimeError: every yielded batch has been reported.
+        """
+        owner = type(self).__name__
+        if indices is not None:
+            examples = torch.as_tensor(indices).to(torch.int64, copy=True).reshape(-1)
+        elif self.mode == "sample":
+            raise TypeError(f"{owner}: update needs indices in mode 'sample'")
+        elif self._reported + 1 < len(self._ends):
+            examples = self._share(self._reported)
+            self._reported += 1
+        else:
+            raise RuntimeError(f"{owner}: update came for a batch that was not yielded yet")
+        losses = torch.as_tensor(loss).detach().to(torch.float32, copy=True).reshape(-1)
+        fits = len(losses) in (1, len(examples))
+        require(fits, owner, "loss", f"must be 1 number or {len(examples)}", len(losses))
+        self._hardness.report(examples, losses)
+
+    def _end_pass(self) -> None:
+        """Note what the round trained on, and turn its reports into scores."""
+        if self._ends[-1] > 0:
+            trained = self._order()[: self._ends[-1]].numpy()
+            self._hardness.last_seen.numpy()[self._units_of(trained)] = self._epoch
+        self._hardness.absorb(self._units_of, self.process_group)
+
+    def _draw_order(self) -> Tensor:
+        """Select this round's units and put their examples in order."""
+        epoch, hardness = self._epoch, self._hardness
+        number = epoch // self.repartition_every if self.repartition_every else 0
+        if self.mode == "batch" and number != self._partition_number:
+            before = self._batch_of
+            self._deal(number)
+            hardness.move(before, self._batch_of)
+            self._ranking = np.arange(len(self._ranking))
+        scores = hardness.complete()
+        total = len(scores)
+        count = total if epoch < self.warmup_epochs else self._kept
+        if count < total and self.clip_quantile < 1:
+            noise = total - round(self.clip_quantile * total)
+            scores[highest(hardness.complete(unseen=-math.inf), noise)] = -np.inf
+        if self.mode == "batch":
+            self._ranking = self._ranking[falling(scores[self._ranking])]
+            chosen = self._ranking[:count]
+        else:
+            chosen = highest(scores, count)
+        generator = new_generator(self._seed, "round", epoch)
+        age = epoch - 1 - hardness.last_seen.numpy()
+        if count < total and self.exploration:
+            chosen = explore(chosen, total, self.exploration, generator)
+        if count < total and self.max_age:
+            chosen = force(chosen, scores, age, self.max_age)
+        self._stats = RoundStats(hardness.mean(chosen), hardness.mean(), int(age.max()))
+        if self.mode == "batch":
+            return self._arrange_batches(chosen, generator)
+        return self._arrange_examples(chosen, scores, generator)
+
+    def _arrange_batches(self, chosen: Ints, generator: torch.Generator) -> Tensor:
+        visit = np.sort(chosen)
+        if self.order == "hardest":
+            visit = self._ranking[np.isin(self._ranking, chosen)]
+        elif self.order == "shuffle":
+            visit = visit[torch.randperm(len(visit), generator=generator).numpy()]
+        size, examples = self._first_batch_size, len(self._partition)
+        short = visit == examples // size  # where drop_last is off; it comes last
+        self._selected = torch.from_numpy(np.concatenate([visit[~short], visit[short]]))
+        places = (self._selected[:, None] * size + torch.arange(size)).flatten()
+        return self._partition[places[places < examples]]
+
+    def _arrange_examples(self, chosen: Ints, scores: Floats, generator: torch.Generator) -> Tensor:
+        examples = chosen[torch.randperm(len(chosen), generator=generator).numpy()]
+        if self.regroup == "sorted":
+            examples = examples[falling(scores[examples])]
+        self._selected = torch.from_numpy(examples)
+        if self.regroup == "sorted" and self.order == "shuffle":
+            size = self._first_batch_size
+            whole = self._selected[: len(examples) // size * size].view(-1, size)
+            mixed = whole[torch.randperm(len(whole), generator=generator)].flatten()
+            self._selected = torch.cat([mixed, self._selected[len(mixed) :]])
+        return self._selected
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Begin, go on with, or repeat a round; its selection uses what was reported before."""
+        self._reported = 0
+        return super().__iter__()
+
+    def set_batch_size(self, batch_size: int) -> None:
+        """In sample mode, change the size of batches not cut yet; batch mode's are fixed."""
+        fixed = self.mode == "batch" and batch_size != self.batch_size
+        require(
+            not fixed, type(self).__name__, "batch_size", "is fixed in mode 'batch'", batch_size
+        )
+        super().set_batch_size(batch_size)
+
+    @property
+    def scores(self) -> Tensor:
+        """Scores of all units as the round in hand uses them: float32, NaN where there is none."""
+        return self._hardness.scores.clone()
+
+    @property
+    def selected(self) -> Tensor:
+        """The batches, or in sample mode the examples, of the round in hand, in their order."""
+        self._order()
+        return self._selected.clone()
+
+    @property
+    def last_round(self) -> RoundStats:
+        """What the selection of the round in hand looked like."""
+        self._order()
+        return self._stats
+
+    @property
+    def not_finite(self) -> int:
+        """How many examples were reported, up to the last round, with a loss that is not finite."""
+        return self._hardness.not_finite
+
+    def _settings(self) -> dict[str, Any]:
+        own = (
+            *("delta", "mode", "regroup", "refresh", "ema", "exploration", "max_age"),
+            *("warmup_epochs", "order", "repartition_every", "clip_quantile"),
+        )
+        return super()._settings() | {name: getattr(self, name) for name in own}
+
+    def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
+        """Return where training stands, with scores, ages and the reports of this round.
+
+        Report every batch that counts as consumed first. On several ranks each saves its own
+        state, as it does its random states: reports of the round in hand differ by rank until its
+        end. One rank's state, loaded everywhere, loses the others' reports of that round.
+
+        Args:
+            consumed: as in the base class.
+        """
+        return super().state_dict(consumed) | {
+            "rank": self._place()[0],
+            "ranking": torch.from_numpy(self._ranking.copy()),
+            "partition_number": self._partition_number,
+            **self._hardness.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Stand where a state was taken, with the scores and reports of then.
+
+        Raises:
+            ValueError: the state is of another class or of other settings; both are named.
+        """
+        super().load_state_dict(state_dict)
+        if self.mode == "batch":
+            self._deal(state_dict["partition_number"])
+        self._ranking = state_dict["ranking"].numpy().copy()
+        self._reported = 0
+        own = state_dict["rank"] == self._place()[0]
+        self._hardness.load_state_dict(state_dict, own=own)

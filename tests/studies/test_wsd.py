@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from batchery.optim import WSDScheduler
+from batchery.studies import wind_tunnel, wsd
+from batchery.studies.study import SCALES, Trial
+from batchery.studies.wind_tunnel import Run, Tunnel, llama, plane_prediction, stable_run, walk
+from batchery.studies.wsd import PLANS, STUDY, PerceptronTask, Plan
+
+CPU = torch.device("cpu")
+TASK = PerceptronTask(width=16, batch=8)
+
+
+@pytest.mark.parametrize("start", [2.0**-9, 2.0**-4, 1.0])
+def test_a_walk_brackets_the_best_rate_of_every_loss(start):
+    tried = []
+
+    def run(lr):
+        tried.append(lr)
+        return [abs(math.log2(lr) - best) for best in (-5, -3)]
+
+    found = walk(run, start)
+    assert found["lr"] == [2.0**-5, 2.0**-3]
+    assert found["cells"] == [-5 - math.log2(start), -3 - math.log2(start)]
+    assert min(tried) <= 2.0**-6
+    assert max(tried) >= 2.0**-2
+    assert len(tried) == len(set(tried)) == len(found["tried"])
+
+
+def test_a_branch_ends_as_a_planned_run_and_leaves_the_stable_run_alone():
+    """Weights, optimizer, schedule and data: equal to the bit, or one was not forked."""
+    found = stable_run(TASK, 3, 0.01, 4, (20, 40), shares=(0.25, 0.1))
+
+    def planned(steps, num_decay):
+        def schedule(optimizer):
+            return WSDScheduler(optimizer, 4, steps, num_decay, offset=1)
+
+        return Run(TASK, 3, 0.01, schedule).advance(steps).loss()
+
+    assert found.decayed[0.25] == [planned(20, 5), planned(40, 10)]
+    assert found.decayed[0.1] == [planned(20, 2), planned(40, 4)]
+
+    def constant(optimizer):
+        return WSDScheduler(optimizer, 4, offset=1)
+
+    run = Run(TASK, 3, 0.01, constant)
+    assert found.undecayed == [run.advance(20).loss(), run.advance(40).loss()]
+    run = Run(TASK, 3, 0.01, constant)
+    assert found.before == [run.advance(15).loss(), run.advance(30).loss()]
+    assert found.steps == 30 + 5 + 10
+
+
+def test_the_share_of_the_steps_is_the_one_claimed():
+    """62 % as budgets double; 61.4 % with three of them."""
+    for scale in ("cpu", "gpu"):
+        budgets = PLANS[scale].budgets
+        spent = 0.9 * budgets[-1] + 0.1 * sum(budgets)
+        assert spent / sum(budgets) == pytest.approx(0.614, abs=0.001)
+
+
+def test_cosine_and_wsd_warm_up_alike_and_cosine_ends_at_zero():
+    def rates(make, steps):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        schedule = make(optimizer)
+        found = []
+        for _ in range(steps):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        return found
+
+    cosine = rates(lambda optimizer: wsd._cosine(optimizer, 5, 25), 26)
+    stable = rates(lambda optimizer: WSDScheduler(optimizer, 5, offset=1), 6)
+    assert cosine[:6] == stable
+    assert cosine[15] == pytest.approx(0.5, abs=1e-12)
+    assert cosine[25] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_plane_is_exact_on_a_product_of_powers():
+    rows = np.array([(n, d, 7 * n**-0.1 * d**-0.2) for n in (1e3, 1e4, 1e5) for d in (1e5, 1e6)])
+    found = plane_prediction(rows[:4], rows[4:, :2])
+    assert found == pytest.approx(rows[4:, 2], rel=1e-10)
+
+
+def test_parameters_are_counted_without_the_embedding():
+    task = wind_tunnel.LlamaTask(llama(16, 1, batch=2, context=8, head=16), CPU)
+    mlp = 32 * 16 * 3
+    assert task.parameters == 4 * 16 * 16 + mlp + 3 * 16
+
+
+def test_the_claims_are_those_of_the_specification():
+    claims = {(c.arm, c.baseline, c.metric): c for c in STUDY.comparisons if c.claim}
+    for number in (1, 2, 3):
+        bar = claims["wsd", "cosine", f"loss_{number}"]
+        assert (bar.require, bar.margin) == ("non-inferior", 0.02)
+    assert ("wsd", "wsd-2.5", "loss_mean") in claims
+    assert ("wsd", "stable", "loss_mean") in claims
+    assert ("mup", "sp", "regret") in claims
+    assert set(STUDY.seeds) == set(SCALES)
+
+
+@pytest.mark.slow
+def test_the_gpu_path_runs_at_toy_size(monkeypatch):
+    """All that scale `gpu` does, on the CPU: Llama schedules, tuning, both laws, every metric."""
+
+    def size(width, steps=0):
+        return llama(width, 1, batch=4, context=16, steps=steps, head=16)
+
+    plan = Plan(size(16), (10, 20, 40), 2, 2.0**-6)
+    tunnel = Tunnel(
+        size(16, 12),
+        size(32, 12),
+        2.0**-6,
+        2,
+        tuple(map(size, (16, 32, 48, 64))),
+        (10, 20, 40),
+        bootstrap=3,
+        batches=(2, 4, 8, 16),
+        examples=320,
+    )
+    monkeypatch.setitem(wsd.PLANS, "gpu", plan)
+    monkeypatch.setitem(wind_tunnel.TUNNELS, "gpu", tunnel)
+    monkeypatch.setattr(wind_tunnel, "_MOST_RATES", 4)
+    prepared = STUDY.prepare(Trial(0, "gpu", CPU))
+    assert len(prepared["cosine"]["lr"]) == 3
+    batch_law = prepared["tunnel"]["batch_law"]
+    assert len(batch_law["losses"]) == len(batch_law["tokens"]) >= 6
+    assert "exponent" in batch_law
+    found = {arm: run(Trial(0, "gpu", CPU, prepared)) for arm, run in STUDY.arms.items()}
+    for comparison in STUDY.comparisons:
+        for arm in (comparison.arm, comparison.baseline):
+            assert math.isfinite(found[arm].metrics[comparison.metric])
+    assert len(found["law"].series["alpha"]) == 3
