@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hard batches in the real transformers Trainer."""
 
+import os
 from itertools import chain, repeat
 
 import pytest
 import torch
+from dist_ranks import run_on_ranks
 from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
@@ -40,7 +42,7 @@ class Rows(torch.utils.data.Dataset):
         return {"x": x, "labels": torch.tensor(index % 3)}
 
 
-def make(folder, *, epochs=3, callbacks=True, losses=None, mode="batch", **kinds):
+def make(folder, *, epochs=3, losses=None, mode="batch", batch=BATCH, **kinds):
     arguments = {
         "per_device_train_batch_size": BATCH, "num_train_epochs": epochs, "learning_rate": 1e-2,
         "use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "seed": 3,
@@ -51,7 +53,7 @@ def make(folder, *, epochs=3, callbacks=True, losses=None, mode="batch", **kinds
         train_dataset=Rows(),
         eval_dataset=Rows(),
     )
-    sampler = HardBatchSampler(EXAMPLES, BATCH, 0.5, mode=mode)
+    sampler = HardBatchSampler(EXAMPLES, batch, 0.5, mode=mode)
     HardBatchCallback(sampler, losses).attach(trainer)
     return trainer, sampler
 
@@ -79,12 +81,14 @@ def test_the_trainer_trains_on_the_rounds_for_the_updates_of_ordinary_epochs(tmp
 
 
 @pytest.mark.parametrize("mode", ["batch", "sample"])
-@pytest.mark.parametrize("accumulation", [1, 3])
-def test_a_run_resumed_in_mid_round_ends_with_the_same_weights(tmp_path, mode, accumulation):
+@pytest.mark.parametrize(("accumulation", "workers"), [(1, 0), (1, 1), (3, 0)])
+def test_a_run_resumed_in_mid_round_ends_with_the_same_weights(
+    tmp_path, mode, accumulation, workers
+):
     """Dropout is on: the random stream, too, must go on where it was."""
     kinds = {
         "mode": mode, "save_strategy": "steps", "save_steps": 4,
-        "gradient_accumulation_steps": accumulation,
+        "gradient_accumulation_steps": accumulation, "dataloader_num_workers": workers,
     }  # fmt: skip
     whole, _ = make(tmp_path / "whole", **kinds)
     whole.train()
@@ -118,8 +122,16 @@ def test_sample_mode_reports_the_loss_of_each_example(tmp_path):
 
 
 def test_evaluation_reports_nothing(tmp_path):
-    trainer, sampler = make(tmp_path, epochs=2, eval_strategy="steps", eval_steps=2)
+    calls = []
+
+    def losses(outputs, inputs):
+        calls.append(len(inputs["labels"]))
+        return outputs["loss"]
+
+    kinds = {"eval_strategy": "steps", "eval_steps": 2, "losses": losses}
+    trainer, _ = make(tmp_path, epochs=2, **kinds)
     trainer.train()
+    assert len(calls) == len(trainer.model.trained)
     assert [batch for batch, _ in trainer.model.trained] == replay(trainer.model.trained)
 
 
@@ -157,3 +169,33 @@ def test_a_model_without_usable_losses_is_refused(tmp_path):
     trainer.model.forward = as_sequences
     with pytest.raises(TypeError, match="HardBatchCallback: losses must be given"):
         trainer.train()
+
+
+def _two_trainers(rank, size, folder):
+    """Train, and train again from a checkpoint in mid-round; return batches and weights of both."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    os.environ.update({"MASTER_ADDR": "localhost", "MASTER_PORT": "29555"})  # the group is there
+    found = []
+    for checkpoint in (None, f"{folder}/checkpoint-5"):
+        kinds = {"save_strategy": "steps", "save_steps": 5, "ddp_backend": "gloo"}
+        trainer, _ = make(folder, batch=size * BATCH, **kinds)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+        found.append(([batch for batch, _ in trainer.model.trained], weights))
+    return found
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_two_processes_share_every_batch_and_resume(tmp_path):
+    first, second = run_on_ranks(_two_trainers, str(tmp_path))
+    members = {tuple(sorted(batch)) for batch in HardBatchSampler(EXAMPLES, 2 * BATCH)}
+    joined = [tuple(sorted(a + b)) for a, b in zip(first[0][0], second[0][0], strict=True)]
+    assert len(joined) == 3 * 4
+    assert set(joined[:4]) == members
+    assert all(len(set(joined[k : k + 2])) == 2 for k in range(4, 12, 2))
+    assert set(joined) == members
+    for whole, resumed in (first, second):
+        assert resumed[0] == whole[0][5:]
+        assert torch.equal(resumed[1], first[0][1])

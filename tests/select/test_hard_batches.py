@@ -346,6 +346,7 @@ def test_a_short_batch_is_kept_whole_and_comes_last():
             sampler.update(9.0 if len(batch) == 3 else float(batch[0]), batch)
         second = list(sampler)
         assert [len(batch) for batch in second] == [4, 3]
+        assert all(batch in first for batch in second)
         assert len(sampler) == 2
 
 
@@ -399,7 +400,8 @@ MODES = [
 
 
 def report(sampler, batch, step):
-    losses = torch.tensor([pseudo(i, 1 + step) for i in batch])
+    few = [random.Random(f"{i} {step}").randrange(3) / 4 for i in batch]  # ties are the rule
+    losses = torch.tensor(few if step % 2 else few[:1] * len(batch))
     if sampler.mode == "batch" and step % 3:
         sampler.update(losses.mean())
     elif sampler.mode == "batch" and step % 2:

@@ -19,7 +19,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -110,7 +109,7 @@ class HardBatchCallback(TrainerCallback):  # type: ignore[misc]
         self._hook = parts["model"].register_forward_hook(self._listen, with_kwargs=True)
 
     def _listen(self, model: nn.Module, args: Any, inputs: dict[str, Any], outputs: Any) -> None:
-        if not (model.training and torch.is_grad_enabled()):
+        if not model.training:
             return
         if self.losses is not None:
             self._loss = self.losses(outputs, inputs).detach()

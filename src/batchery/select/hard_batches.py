@@ -261,7 +261,11 @@ class HardBatchSampler(ResumableBatchSampler):
         """
         owner = type(self).__name__
         if indices is not None:
-            examples = torch.as_tensor(indices).to(torch.int64, copy=True).reshape(-1)
+            if not isinstance(indices, Tensor):
+                indices = torch.from_numpy(np.asarray(indices, np.int64))  # as_tensor is slow here
+            examples = indices.to(torch.int64, copy=True).reshape(-1)
+            if examples.device.type == "cpu":
+                self._hardness.check(examples)
         elif self.mode == "sample":
             raise TypeError(f"{owner}: update needs indices in mode 'sample'")
         elif self._reported + 1 < len(self._ends):

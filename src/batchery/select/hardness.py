@@ -118,17 +118,13 @@ class Hardness:
         self._reports: list[tuple[Tensor, Tensor]] = []
 
     def report(self, examples: Tensor, losses: Tensor) -> None:
-        """Take losses (float32 `[n]` or `[1]`) of examples (int64 `[n]`) without looking at them.
-
-        Raises:
-            IndexError: an index lies outside the data set; indices that are not on the CPU are
-                checked when the reports are read.
-        """
-        if examples.device.type == "cpu" and len(examples):
-            self._check(examples)
+        """Take losses (float32 `[n]` or `[1]`) of examples (int64 `[n]`), not yet looked at."""
         self._reports.append((examples, losses))
 
-    def _check(self, examples: Tensor) -> None:
+    def check(self, examples: Tensor) -> None:
+        """Raise `IndexError` when an index lies outside the data set."""
+        if not len(examples):
+            return
         low, high = (int(end) for end in torch.aminmax(examples))
         if low < 0 or high >= self.examples:
             rule, got = f"indices must be >= 0 and < {self.examples}", low if low < 0 else high
@@ -136,12 +132,12 @@ class Hardness:
 
     def reports(self) -> tuple[Tensor, Tensor]:
         """Return this rank's waiting reports, a loss for each example; two transfers in all."""
-        if any(len(examples) for examples, _ in self._reports):
+        if self._reports:
             examples, losses = zip(*self._reports, strict=True)
             spread = [loss.expand(len(of)) for of, loss in self._reports]
             one = torch.cat([of.to(examples[0].device) for of in examples]).cpu()
             two = torch.cat([loss.to(losses[0].device) for loss in spread]).cpu()
-            self._check(one)
+            self.check(one)  # those of another device were not looked at before
             self._reports = [(one, two)]
             return one, two
         return torch.empty(0, dtype=torch.int64), torch.empty(0)

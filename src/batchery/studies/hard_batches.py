@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from batchery import datasets
 from batchery._core.random import derive_seed, new_generator
 from batchery.select import HardBatchSampler, ResumableBatchSampler
+from batchery.studies.graphs import captured
 from batchery.studies.study import Comparison, Metric, Outcome, Scale, Study, Trial
 
 if TYPE_CHECKING:
@@ -235,7 +236,7 @@ def _accuracies(model: nn.Module, task: Task) -> tuple[float, float]:
     on the first training examples, for every arm.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    with torch.no_grad(), _autocast(task):
+    with torch.no_grad(), _autocast(task.x_train):
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # a plain average
@@ -249,9 +250,14 @@ def _accuracies(model: nn.Module, task: Task) -> tuple[float, float]:
     return 100 * float(right.float().mean()), 100 * float(right[task.y_test == RARE].float().mean())
 
 
-def _autocast(task: Task) -> torch.autocast:
-    device = task.x_train.device.type
-    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+def _autocast(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda)
+
+
+def _losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    with _autocast(x):
+        logits = model(x)
+    return F.cross_entropy(logits.float(), y, reduction="none")
 
 
 def _augmented(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -278,18 +284,21 @@ def _train(
     feed = FEEDS[arm](task.y_train.cpu(), size.batch, updates, seed)
     report, weigh = getattr(feed, "update", None), getattr(feed, "weights", None)
     decay = 0.0 if paper or not size.augment else 5e-4
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=decay)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=lr, momentum=0.9, weight_decay=decay, fused=True
+    )
     generator = new_generator(seed, "augment")
     curve: list[tuple[float, float]] = []
+    losses_of: Callable[..., Tensor] | None = None
     stream = itertools.chain.from_iterable(itertools.repeat(feed))
     for step, batch in enumerate(itertools.islice(stream, updates), 1):
         rows = torch.tensor(batch, device=trial.device)
         x = task.x_train[rows]
         if size.augment and not paper:
             x = _augmented(x, generator)
-        with _autocast(task):
-            logits = model(x)
-        losses = F.cross_entropy(logits.float(), task.y_train[rows], reduction="none")
+        y = task.y_train[rows]
+        losses_of = losses_of or captured(model, _losses, x, y)
+        losses = losses_of(x, y)
         loss = losses.mean()
         if weigh is not None:
             loss = (losses * weigh(batch).to(losses.device)).mean()

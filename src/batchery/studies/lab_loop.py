@@ -20,8 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 from batchery._core.random import new_generator
 from batchery._core.validate import integer, require
+from batchery.studies.graphs import captured
 
 Progress = Callable[[int, int], None]
+Graphs = dict[torch.Size, Callable[[Tensor], Tensor]]  # shape of a micro-batch → its losses
 
 _LOGIT_ROWS = 8_192  # tokens whose logits exist at once: 128 MiB at 4,096 words
 
@@ -150,6 +152,7 @@ def train(
     *,
     micro_batch: int = 64,
     max_grad_norm: float | None = 1.0,
+    graphs: Graphs | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Tensor:
     """Train for some steps; calls that share the iterator add up to one longer call.
@@ -162,6 +165,7 @@ def train(
         steps: updates to make.
         micro_batch: examples that go through the model at once; gradients add up.
         max_grad_norm: clip the global norm of the gradients to this.
+        graphs: what earlier calls with this model captured on CUDA; filled and used again.
         progress: called with the number of updates made and `steps`.
 
     Returns:
@@ -171,11 +175,19 @@ def train(
     losses = torch.zeros(steps, device=next(model.parameters()).device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     model.train()
+    losses_of: Graphs = {} if graphs is None else graphs
     for step in range(steps):
         batch = next(rows)
-        optimizer.zero_grad()
-        for part in torch.split(batch, micro_batch):
-            loss = token_losses(model, part).mean() * (len(part) / len(batch))
+        parts = torch.split(batch, micro_batch)
+        several = len(parts) > 1
+        optimizer.zero_grad(set_to_none=not several)
+        for part in parts:
+            if part.shape not in losses_of:
+                losses_of[part.shape] = captured(model, token_losses, part)
+            if several and parameters[0].grad is None:  # see `captured`
+                for parameter in parameters:
+                    parameter.grad = torch.zeros_like(parameter)
+            loss = losses_of[part.shape](part).mean() * (len(part) / len(batch))
             loss.backward()  # type: ignore[no-untyped-call]
             losses[step] += loss.detach()
         if max_grad_norm is not None:

@@ -25,7 +25,7 @@ from batchery.optim import WSDScheduler
 from batchery.optim.wind_tunnel import MuP, fit_batch_size_law, fit_scaling_law
 from batchery.studies.char import VOCABULARY, char_text, windows
 from batchery.studies.lab import LabSize, new_model
-from batchery.studies.lab_loop import held_out_loss, train
+from batchery.studies.lab_loop import Graphs, held_out_loss, train
 from batchery.studies.study import Outcome, Scale, Trial
 
 DECAY = 0.1  # share of the steps
@@ -61,6 +61,7 @@ class Run:
 
     def _wire(self, model: nn.Module) -> None:
         self.model = model
+        self.graphs: Graphs = {}
         groups = self.task.groups(model, self._lr)
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
         self.schedule = self._schedule(self.optimizer)
@@ -192,7 +193,8 @@ class LlamaTask:
             examples(run.seed, step, self.size.batch, self.size.context).to(self.device)
             for step in range(run.step, run.step + steps)
         )
-        train(run.model, rows, run.optimizer, run.schedule, steps, micro_batch=self.size.batch)
+        wired = (run.optimizer, run.schedule, steps)
+        train(run.model, rows, *wired, micro_batch=self.size.batch, graphs=run.graphs)
 
     def held_out(self, model: nn.Module) -> float:
         """Return the loss on windows that are the same for every run."""
