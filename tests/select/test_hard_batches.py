@@ -165,11 +165,11 @@ def test_an_average_is_in_closed_form():
 
 
 def test_a_forward_pass_over_everything_is_a_full_refresh():
-    """Of several reports on an example within a round the last counts."""
-    sampler = HardBatchSampler(12, 2, 0.5, generator=torch.Generator().manual_seed(4))
+    """Of several reports on an example within a round the last counts; one is in no batch."""
+    sampler = HardBatchSampler(13, 2, 0.5, generator=torch.Generator().manual_seed(4))
     rounds(sampler, pseudo, 3)
-    fresh = torch.arange(12.0).flip(0)
-    for part in (torch.arange(5, 12), torch.arange(5)):  # in batches of any make
+    fresh = torch.arange(13.0).flip(0)
+    for part in (torch.arange(5, 13), torch.arange(5)):  # in batches of any make
         sampler.update(fresh[part], part)
     list(sampler)
     members = sampler._partition.view(6, 2)
@@ -343,7 +343,7 @@ def test_a_short_batch_is_kept_whole_and_comes_last():
         first = list(sampler)
         assert Counter(flat(first)) == Counter(range(11))
         for batch in first:
-            sampler.update(9.0 if len(batch) == 3 else float(batch[0]), batch)
+            sampler.update(99.0 if len(batch) == 3 else float(batch[0]), batch)
         second = list(sampler)
         assert [len(batch) for batch in second] == [4, 3]
         assert all(batch in first for batch in second)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,8 +133,10 @@ class HardBatchCallback(TrainerCallback):  # type: ignore[misc]
             _write(self._path(args, state), self.sampler.state_dict(self._loader.taken))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
-        """Listen no longer."""
+        """Listen no longer, and let the loader's workers go."""
         self._hook.remove()
+        if self._loader is not None:
+            self._loader.close()
 
     def _path(self, args: Any, state: Any) -> Path:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -187,12 +189,15 @@ class _EpochLoader:
         )
         self._stream = self._rounds()
 
-    def _rounds(self) -> Iterator[Any]:
+    def _rounds(self) -> Generator[Any, None, None]:
         while True:
             self.taken = 0
             for batch in self._loader:
                 self.taken += 1
                 yield batch
+
+    def close(self) -> None:
+        self._stream.close()
 
     def __iter__(self) -> Iterator[Any]:
         return islice(self._stream, len(self))

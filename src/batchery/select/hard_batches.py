@@ -2,10 +2,10 @@
 r"""Hard batches: after one ordinary epoch, train only on the batches whose last loss was highest.
 
 Use it as an importance-sampling baseline where a part of the data stays hard: rare classes, long
-tails. Do not expect much from it on balanced data. The batches are fixed, so a batch's loss is a
-mean of B random losses and differs from other batches' by σ/√B; most of what selection does
-there is to visit some batches more often. `mode="sample"` selects examples and has no such limit.
-With noisy labels the highest losses are the wrong labels: lower `clip_quantile`.
+tails; prefer `mode="sample"`. Do not expect much from the paper's own form. Its batches are fixed,
+so a batch's loss is a mean of B random losses and differs from other batches' by σ/√B, and most
+of what selection does is to visit some batches more often. With noisy labels the highest losses
+are the wrong labels: lower `clip_quantile`. The gradient is biased to what is hard, by design.
 
 With n units (batches, or examples in sample mode), score s_i and k = max(1, int(δ n)):
 
@@ -82,9 +82,8 @@ def train_budget(
     integer(owner, "epochs", epochs, at_least=warmup_epochs)
     number(owner, "delta", delta, above=0, at_most=1)
     kept = max(1, int(delta * num_batches))
-    return warmup_epochs + math.ceil((epochs - warmup_epochs) * num_batches / kept), (
-        epochs * num_batches
-    )
+    later = math.ceil((epochs - warmup_epochs) * num_batches / kept)
+    return warmup_epochs + later, epochs * num_batches
 
 
 class HardBatchSampler(ResumableBatchSampler):
