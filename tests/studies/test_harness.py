@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import json
 import math
 
@@ -139,3 +140,18 @@ def test_a_comparison_without_its_metric_is_an_error(toy, tmp_path):
     object.__setattr__(study, "arms", broken)
     with pytest.raises(ValueError, match="needs loss of both arms"):
         run_study(study, "cpu", results=tmp_path)
+
+
+def test_a_study_computes_with_its_own_threads_and_gives_the_others_back(toy, tmp_path):
+    before = torch.get_num_threads()
+    seen = []
+
+    def arm(trial):
+        seen.append(torch.get_num_threads())
+        return Outcome({"loss": 1.0})
+
+    study = dataclasses.replace(toy.study(), arms={"old": arm, "new": arm}, threads=3)
+    result = run_study(study, "smoke", results=tmp_path)
+    assert seen == [3, 3]
+    assert result["environment"]["threads"] == 3
+    assert torch.get_num_threads() == before

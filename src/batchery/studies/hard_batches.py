@@ -8,7 +8,6 @@ claims to beat, what it is compared with in the paper, and what a user would oth
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import statistics
@@ -329,23 +328,11 @@ def best_rate(error: Callable[[float], float], start: float) -> dict[str, Any]:
     return {"lr": start * 2.0**best, "tried": named}
 
 
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """The perceptron's operations are too small to share: two threads would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _tuned_arms(scale: Scale) -> list[str]:
     left_out = CPU_ONLY if scale == "gpu" else ()
     return [arm for arm in FEEDS if arm not in left_out and not arm.startswith("paper")]
 
 
-@_one_thread()
 def _prepare(trial: Trial) -> dict[str, Any]:
     """Tune the learning rate of every arm in both versions, by one rule, on a held-out fifth."""
     size = SIZES[trial.scale]
@@ -367,7 +354,6 @@ def _prepare(trial: Trial) -> dict[str, Any]:
 
 
 def _arm(name: str) -> Callable[[Trial], Outcome]:
-    @_one_thread()
     def run(trial: Trial) -> Outcome:
         if trial.scale == "gpu" and name in CPU_ONLY:
             return Outcome({})

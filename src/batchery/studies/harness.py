@@ -6,6 +6,7 @@ after Ctrl-C goes on where it stopped. A kept run is used again only when the li
 versions, the device and the thread count are those that made it.
 """
 
+import contextlib
 import hashlib
 import importlib
 import importlib.metadata
@@ -18,7 +19,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -164,35 +165,36 @@ def run_study(
         device = torch.device("cuda" if scale == "gpu" else "cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"{owner}: scale {scale!r} on device {device} needs CUDA, none is here")
-    where = environment(device)
-    kept = _KeptRuns(_runs_folder(results, study.slug, scale), where)
-    total = len(study.arms) * count + (study.prepare is not None)
-    done = 0
+    with _threads(study.threads):
+        where = environment(device)
+        kept = _KeptRuns(_runs_folder(results, study.slug, scale), where)
+        total = len(study.arms) * count + (study.prepare is not None)
+        done = 0
 
-    def execute(label: str, seed: int, function: Callable[[Trial], Any]) -> dict[str, Any]:
-        nonlocal done
-        name = f"{study.slug} · {label}"
-        on_progress(name, done / total)
-        record = kept.load(label, seed)
-        if record is None:
-            tick = _throttled(lambda part: on_progress(name, (done + part) / total))
-            record = _measure(function, Trial(seed, scale, device, prepared, tick), device)
-            kept.save(label, seed, record)
-        done += 1
-        on_progress(name, done / total)
-        return record
+        def execute(label: str, seed: int, function: Callable[[Trial], Any]) -> dict[str, Any]:
+            nonlocal done
+            name = f"{study.slug} · {label}"
+            on_progress(name, done / total)
+            record = kept.load(label, seed)
+            if record is None:
+                tick = _throttled(lambda part: on_progress(name, (done + part) / total))
+                record = _measure(function, Trial(seed, scale, device, prepared, tick), device)
+                kept.save(label, seed, record)
+            done += 1
+            on_progress(name, done / total)
+            return record
 
-    started = datetime.now(timezone.utc)
-    prepared: dict[str, Any] = {}
-    preparation = None
-    if study.prepare is not None:
-        preparation = execute("prepare", 0, study.prepare)
-        prepared = preparation["value"]
-    # Seed by seed, so that an early stop leaves complete pairs.
-    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in study.arms}
-    for seed in range(count):
-        for arm, function in study.arms.items():
-            runs[arm].append({"seed": seed, **execute(arm, seed, function)})
+        started = datetime.now(timezone.utc)
+        prepared: dict[str, Any] = {}
+        preparation = None
+        if study.prepare is not None:
+            preparation = execute("prepare", 0, study.prepare)
+            prepared = preparation["value"]
+        # Seed by seed, so that an early stop leaves complete pairs.
+        runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in study.arms}
+        for seed in range(count):
+            for arm, function in study.arms.items():
+                runs[arm].append({"seed": seed, **execute(arm, seed, function)})
 
     result = _assemble(study, scale, runs)
     result |= {"date": started.isoformat(timespec="seconds"), "environment": where}
@@ -259,6 +261,16 @@ def _measure(
     if isinstance(value, Outcome):
         return {"metrics": dict(value.metrics), "series": dict(value.series), **record}
     return {"value": value, **record}
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _throttled(report: Callable[[float], None]) -> Callable[[int, int], None]:

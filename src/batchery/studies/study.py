@@ -111,6 +111,8 @@ class Study:
         data: names of the data sets it needs (`batchery.datasets`).
         prepare: runs once before the arms (with seed 0); its JSON-able result reaches every trial
             as `prepared` and is stored. Tuning that is the same for every arm belongs here.
+        threads: CPU threads to compute with. Operations of small models take less time than two
+            threads take to meet; a study of large ones sets None for all there are.
         figure: draws the study's figure from the result's JSON; None draws the headline metric.
     """
 
@@ -123,6 +125,7 @@ class Study:
     seeds: Mapping[Scale, int]
     data: Sequence[str] = ()
     prepare: Callable[[Trial], dict[str, Any]] | None = None
+    threads: int | None = 1
     figure: "Callable[[Figure, dict[str, Any]], None] | None" = None
 
     def __post_init__(self) -> None:
