@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""What every private mechanism shares: a horizon, a budget, a state, and the order of a crash.
+
+A release leaves in three steps, so that no noise is ever drawn twice for it:
+
+    release   the row is added, noise is drawn, the state moves on
+    persist   `commit(state)` writes the state, the release and its noise in it
+    publish   `update` returns
+
+After a crash the last state written is loaded. What it had released and nobody has seen is in
+`last()`; what had been published is never drawn again, because it was written before. A state that
+is older than what was published would draw again, and is refused (`resume`).
+
+The state holds the exact sums: it is as sensitive as the data. Messages never show values of rows.
+
+A gaussian law has σ² = Δ₂² / (2ρ), a Laplace law b = Δ₁ / ε, both rounded up to few digits.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from batchery._core.state import check_fits
+from batchery._core.validate import integer, one_of, require, require_type
+from batchery.privacy.accounting import Budget
+from batchery.privacy.noise import DiscreteNoise, NoiseKind, round_up
+from batchery.privacy.noise_rows import FloatNoise, Noise, Sampler
+
+State = dict[str, Any]
+Commit = Callable[[State], object]
+
+
+class HorizonExceeded(ValueError):
+    """A mechanism was asked for more releases than it was made, and paid, for."""
+
+
+def exact(value: float) -> Fraction:
+    """Return a number as a fraction; a float that is no integer is made one rounding larger.
+
+    So √3, given as a float a little below it, is taken for a number that is not below it.
+    """
+    fraction = Fraction(value)
+    if isinstance(value, float) and fraction.denominator > 1:
+        fraction *= 1 + Fraction(1, 1 << 50)
+    return fraction
+
+
+def calibrate(budget: Budget, squared_l2: Fraction, l1: Fraction) -> tuple[NoiseKind, Fraction]:
+    """Return the law of the least noise that hides a change of this size within a budget.
+
+    Args:
+        budget: a pure one takes Laplace noise, others Gaussian noise.
+        squared_l2: square of the L2 sensitivity.
+        l1: the L1 sensitivity.
+
+    Returns:
+        (`"gaussian"`, σ²) or (`"laplace"`, b).
+    """
+    if budget.pure_epsilon is not None:
+        return "laplace", round_up(l1 / Fraction(budget.pure_epsilon))
+    return "gaussian", round_up(squared_l2 / (2 * Fraction(budget.rho)))
+
+
+def tail(kind: NoiseKind, scale: float, terms: float, count: float, beta: float) -> float:
+    """Return what sums of noise stay below, all `count` of them, with probability 1 - beta.
+
+    By Chernoff's bound, which both the discrete and the continuous law obey.
+
+    Args:
+        kind: of the law.
+        scale: σ², or the largest b.
+        terms: variance of a sum, in variances σ² or 2b² of one term.
+        count: number of sums.
+        beta: β, in (0, 1).
+    """
+    log = math.log(2 * count / beta)
+    if kind == "gaussian":
+        return math.sqrt(2 * terms * scale * log)
+
+    # E exp(s x) <= 1 / (1 - b² s²) for each term; the best s, where the bound stops to fall.
+    def bound(s: float) -> float:
+        return (log - terms * math.log1p(-s * s)) / s
+
+    def falls(s: float) -> bool:
+        return 2 * terms * s * s / (1 - s * s) + terms * math.log1p(-s * s) < log
+
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if falls(middle) else (low, middle)
+    return scale * bound(max(low, 1e-12))
+
+
+class Mechanism(ABC):
+    """A private statistic of a stream, released after every row.
+
+    Args:
+        horizon: number of releases; None for a stream without end.
+        budget: what all releases together may spend.
+        sampler: `"discrete"` for exact integer noise, `"float"` for research.
+        noise: draws the noise in place of the sampler's own; for tests.
+        device: of the sums; float noise is drawn there.
+        dtype: of float sums and noise.
+
+    Attributes:
+        t: number of releases so far.
+
+    Raises:
+        TypeError: the horizon is not an integer, or the budget no `Budget`.
+        ValueError: the horizon is below 1, or the budget 0.
+    """
+
+    def __init__(
+        self,
+        horizon: int | None,
+        *,
+        budget: Budget,
+        sampler: Sampler,
+        noise: Noise | None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        """Check what all mechanisms are given; see the class."""
+        if horizon is not None:
+            horizon = int(integer(self._owner, "horizon", horizon, at_least=1))
+        require_type(isinstance(budget, Budget), self._owner, "budget", "must be a Budget", budget)
+        require(budget.rho > 0, self._owner, "budget", "must be > 0", budget)
+        one_of(self._owner, "sampler", sampler, get_args(Sampler))
+        self.horizon = horizon
+        self.budget = budget
+        self.sampler = sampler
+        self.device = torch.device(device or "cpu")
+        self.injected = noise is not None
+        self.noise: Noise
+        if noise is not None:
+            self.noise = noise
+        elif sampler == "discrete":
+            self.noise = DiscreteNoise()
+        else:
+            self.noise = FloatNoise(device=self.device, dtype=dtype)
+        self.dtype = torch.int64 if sampler == "discrete" else dtype
+        self._cost = self._spendable(gaussian=True)
+        self.t = 0
+        self.redraws = 0
+
+    def _spendable(self, *, gaussian: bool) -> Budget:
+        """Return what releases may spend, when all of them are (or are not) Gaussian noise."""
+        if gaussian and self.sampler == "float" and self.budget.pure_epsilon is None:
+            return self.budget.for_gaussian()  # the exact line of μ is that of continuous noise
+        return Budget(self.budget.rho) if self.budget.target is not None else self.budget
+
+    @property
+    def _owner(self) -> str:
+        return type(self).__name__
+
+    def update(self, row: Any, *, commit: Commit | None = None) -> Any:
+        """Add one row and return the release after it.
+
+        Args:
+            row: of the shape the mechanism was made for.
+            commit: is given the new state, and must write it, before the release is returned.
+
+        Raises:
+            HorizonExceeded: there is no release left; nothing has changed.
+            ValueError: the row has another shape or forbidden entries; nothing has changed.
+        """
+        self._require_room(1)
+        release = self._step(self._checked(row, many=False))
+        self.t += 1
+        if commit is not None:
+            commit(self.state_dict())
+        return release
+
+    def update_many(self, rows: Any, *, commit: Commit | None = None) -> Tensor:
+        """Add rows one by one and return all releases, [n, …], as n calls of `update` would.
+
+        Args:
+            rows: [n, …].
+            commit: is given the state after the last row, before the releases are returned.
+
+        Raises:
+            HorizonExceeded, ValueError: as `update`; none of the rows has been added.
+        """
+        checked = self._checked(rows, many=True)
+        self._require_room(len(checked))
+        releases = self._steps(checked)
+        self.t += len(checked)
+        if commit is not None:
+            commit(self.state_dict())
+        return releases
+
+    def _require_room(self, n: int) -> None:
+        if self.horizon is not None and self.t + n > self.horizon:
+            raise HorizonExceeded(
+                f"{self._owner}: {n} more after {self.t} is beyond the horizon of {self.horizon}"
+            )
+
+    def _as_rows(self, rows: Any, shape: tuple[int, ...], *, many: bool) -> Tensor:
+        """Return rows as a tensor of the shape and kind that is promised, or raise."""
+        tensor = torch.as_tensor(rows, device=self.device)
+        found = tuple(tensor.shape)
+        fits = found[1:] == shape and found[:1] > (0,) if many else found == shape
+        wanted = f"must have shape {['n >= 1', *shape] if many else [*shape]}"
+        require(fits, self._owner, "rows" if many else "row", wanted, [*found])
+        real = tensor.is_floating_point() or tensor.is_complex()
+        if self.sampler == "discrete" and real:
+            raise TypeError(
+                f"{self._owner}: row must hold integers with sampler='discrete', "
+                f"got {str(tensor.dtype).removeprefix('torch.')}"
+            )
+        return tensor
+
+    @property
+    def spent(self) -> Budget:
+        """What the releases so far have cost; more than the budget after redrawing them."""
+        return self._cost.share(self.fraction() * (1 + self.redraws))
+
+    @abstractmethod
+    def last(self) -> Any:
+        """Return the last release again, at no cost; None before the first."""
+
+    @abstractmethod
+    def error_bound(self, beta: float) -> float:
+        """Return what no release misses the truth by, with probability 1 - beta."""
+
+    @abstractmethod
+    def _checked(self, rows: Any, *, many: bool) -> Tensor: ...
+
+    @abstractmethod
+    def _step(self, row: Tensor) -> Any: ...
+
+    @abstractmethod
+    def _steps(self, rows: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def fraction(self) -> float:
+        """Return the part of the budget that the releases so far have spent."""
+
+    @abstractmethod
+    def _settings(self) -> State:
+        """Return plain values that must agree between a saved state and its loader."""
+
+    @abstractmethod
+    def _inner_state(self) -> State: ...
+
+    @abstractmethod
+    def _load_inner(self, state: State) -> None: ...
+
+    def _all_settings(self) -> State:
+        return {
+            "mechanism": self._owner,
+            "horizon": self.horizon,
+            "budget": repr(self.budget),
+            "sampler": self.sampler,
+        } | self._settings()
+
+    def state_dict(self) -> State:
+        """Return the whole state: tensors and plain values. It is as sensitive as the data."""
+        position = self.noise.state() if isinstance(self.noise, _OWN) else None
+        return {
+            "settings": self._all_settings(),
+            "t": self.t,
+            "redraws": self.redraws,
+            "inner": self._inner_state(),
+            "noise": position,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a saved state, with the noise already in it.
+
+        Raises:
+            ValueError: it is no such state, or one of other settings; both values are named.
+        """
+        for name in ("settings", "t", "redraws", "inner", "noise"):
+            require(name in state_dict, self._owner, "state_dict", f"must hold {name!r}", "none")
+        check_fits(self._owner, state_dict["settings"], self._all_settings())
+        self._load_inner(state_dict["inner"])
+        if isinstance(self.noise, _OWN):
+            self.noise.load(state_dict["noise"])
+        self.t, self.redraws = int(state_dict["t"]), int(state_dict["redraws"])
+
+    def resume(self, state: Mapping[str, Any], *, published: int, strict: bool = True) -> None:
+        """Load a state after a crash, knowing how many releases the world has seen.
+
+        Args:
+            state: the last one that was written.
+            published: number of releases that have been published.
+            strict: refuse a state that is behind them. Otherwise they are drawn again, and
+                `spent` grows by a whole budget.
+
+        Raises:
+            ValueError: the state is behind what was published, and `strict`.
+        """
+        integer(self._owner, "published", published, at_least=0)
+        behind = int(state["t"]) < published
+        if strict:
+            rule = f"must be <= {state['t']}, where the state is: it would draw noise again"
+            require(not behind, self._owner, "published", rule, published)
+        self.load_state_dict(state)
+        self.redraws += behind
+
+    def __repr__(self) -> str:
+        """Show the settings, the position, and a warning when the noise is somebody's own."""
+        shown = [f"{name}={value!r}" for name, value in self._settings().items()]
+        warning = ", WARNING: injected noise, not private" if self.injected else ""
+        return (
+            f"{self._owner}({self.horizon}, {', '.join(shown)}, budget={self.budget!r}, "
+            f"sampler={self.sampler!r}, at={self.t}{warning})"
+        )
+
+
+_OWN = (DiscreteNoise, FloatNoise)

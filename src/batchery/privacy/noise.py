@@ -1,0 +1,462 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Exact discrete Gaussian and Laplace noise, and exact choice, from integers and bits alone.
+
+Use it for whatever leaves the private side as an integer. Noise in floating point has gaps and
+roundings from which the value under it can be read (Mironov 2012), and rounding it afterwards does
+not heal that. Timing is not hidden: how long a draw takes depends a little on what was drawn.
+
+With φ(x) = x²/(2σ²) or |x|/b rational, P(x) ∝ exp(-φ(x)) over all integers is sampled as x = ±m:
+
+    m = k s + r, s a power of two, 0 <= r < s       s = 1 below a scale of some hundreds
+    k    by inversion of F(k) ∝ Σ_{j<=k} exp(-φ(js)), 63 random bits against ⌊2^63 F⌋;
+         where they are equal, 64 bits more of both, and so on
+    r    uniform, kept with probability exp(-(φ(ks+r) - φ(ks)))
+    sign one bit; -0 is drawn again
+
+Bernoulli(exp(-γ)) for rational γ <= 1 is the parity of the first failure among Bernoulli(γ/i),
+i = 1, 2, …; for larger γ, that of 1 as often as γ holds it, and of what is left.
+
+Reference: Canonne, Kamath, Steinke, "The Discrete Gaussian for Differential Privacy", NeurIPS 2020,
+arXiv 2004.00010; Mironov, "On significance of the least significant bits for differential
+privacy", CCS 2012.
+
+Where we differ: the paper rejects from the discrete Laplace law, some fifteen random words a
+sample; inversion needs one, and its table is as exact, being compared bit by bit until it decides.
+"""
+
+import bisect
+import os
+import warnings
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from batchery._core.validate import integer, one_of, require, require_type
+
+Ints = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint64]
+Bools = npt.NDArray[np.bool_]
+NoiseKind = Literal["gaussian", "laplace"]
+
+_BITS = 63  # of a word; the last one is the sign
+_ENTRIES = {"gaussian": 256, "laplace": 32}  # of a table, per unit of the coarse scale
+_CHUNK = 1 << 14  # samples whose words stay in the cache
+
+
+class Source(Protocol):
+    """Where uniform randomness comes from."""
+
+    def words(self, n: int) -> Words:
+        """Return `n` uniform 64-bit words."""
+
+    def below(self, bound: int, n: int) -> Words:
+        """Return `n` uniform integers in [0, bound)."""
+
+
+class BitSource:
+    """Uniform integers from the operating system's entropy.
+
+    Args:
+        insecure_seed: for tests only: a reproducible and therefore worthless stream. It warns.
+
+    Example:
+        >>> source = BitSource()
+        >>> bool((source.below(6, 100) < 6).all())
+        True
+    """
+
+    def __init__(self, *, insecure_seed: int | None = None) -> None:
+        """Open the source; see the class."""
+        self.insecure_seed = insecure_seed
+        self._used = 0
+        self._generator: np.random.PCG64 | None = None
+        if insecure_seed is not None:
+            integer("BitSource", "insecure_seed", insecure_seed, at_least=0)
+            warnings.warn("noise from insecure_seed protects nobody: for tests only", stacklevel=2)
+            self._generator = np.random.PCG64(insecure_seed)
+
+    def words(self, n: int) -> Words:
+        """Return `n` uniform 64-bit words."""
+        if self._generator is None:
+            return np.frombuffer(os.urandom(8 * n), dtype=np.uint64)
+        self._used += n
+        return self._generator.random_raw(n)
+
+    def below(self, bound: int, n: int) -> Words:
+        """Return `n` uniform integers in [0, bound), 1 <= bound <= 2^63."""
+        if bound & (bound - 1) == 0:
+            return self.words(n) & np.uint64(bound - 1)
+        limit = np.uint64((1 << 64) // bound * bound - 1)  # the last word of a whole round
+        found = self.words(n)
+        while (late := np.flatnonzero(found > limit)).size:
+            found = found.copy()
+            found[late] = self.words(late.size)
+        return found % np.uint64(bound)
+
+    def state(self) -> dict[str, int] | None:
+        """Return the position of a seeded source; entropy has none."""
+        if self._generator is None or self.insecure_seed is None:
+            return None
+        return {"insecure_seed": self.insecure_seed, "used": self._used}
+
+    def load(self, state: dict[str, int] | None) -> None:
+        """Go to a position of a source with the same seed.
+
+        Raises:
+            ValueError: the state is that of another seed, or of entropy.
+        """
+        seed = None if state is None else state["insecure_seed"]
+        rule = f"must be that of the saved source, {seed}"
+        require(seed == self.insecure_seed, "BitSource", "insecure_seed", rule, self.insecure_seed)
+        if state is not None and seed is not None:
+            self._generator = np.random.PCG64(seed)
+            self._generator.advance(state["used"])
+            self._used = state["used"]
+
+
+def bernoulli_exp(numerators: Words, denominator: int, source: Source) -> Bools:
+    """Draw True with probability exp(-numerator / denominator), exactly.
+
+    Args:
+        numerators: uint64 [n], below 2^63.
+        denominator: in [1, 2^62].
+        source: of the randomness.
+
+    Returns:
+        Bool array [n].
+    """
+    whole = numerators // np.uint64(denominator)
+    result = _bernoulli_exp_below_one(numerators % np.uint64(denominator), denominator, source)
+    alive = np.flatnonzero(result & (whole > 0))
+    turn = 0
+    while alive.size:  # one factor exp(-1) a turn, for those whose exponent still holds it
+        turn += 1
+        passed = _bernoulli_exp_below_one(np.ones(alive.size, np.uint64), 1, source)
+        result[alive[~passed]] = False
+        alive = alive[passed & (whole[alive] > turn)]
+    return result
+
+
+def _bernoulli_exp_below_one(numerators: Words, denominator: int, source: Source) -> Bools:
+    result = np.ones(numerators.shape, np.bool_)
+    alive = np.arange(numerators.size)
+    divisor = 1
+    while alive.size:
+        # Bernoulli(γ/i) as Bernoulli(γ) and Bernoulli(1/i), so that no product can overflow.
+        go_on = source.below(denominator, alive.size) < numerators[alive]
+        alive = alive[go_on]
+        if divisor > 1 and alive.size:
+            alive = alive[source.below(divisor, alive.size) == 0]
+        result[alive] ^= True  # the parity of the trials that went on
+        divisor += 1
+    return result
+
+
+def exp_bounds(exponent: Fraction, bits: int) -> tuple[int, int]:
+    """Return integers around 2^bits · exp(-exponent), at most 2 apart.
+
+    Args:
+        exponent: at least 0.
+        bits: precision.
+    """
+    halvings = (exponent.numerator // exponent.denominator).bit_length() + 8
+    precision = bits + halvings + 40
+    one = 1 << precision
+    # exp(-x) with x = exponent / 2^halvings <= 2^-8 by its series; every rounding is below 2 units,
+    # and what the rounding of x adds stays below one.
+    x = (exponent.numerator << (precision - halvings)) // exponent.denominator
+    term, total, count = one, one, 1
+    while term:
+        term = ((term * x) >> precision) // count
+        total += -term if count & 1 else term
+        count += 1
+    error = 4 * count + 8
+    for _ in range(halvings):  # squaring v <= 1 doubles its error, rounds, and adds a square of it
+        total = (total * total) >> precision
+        error = 2 * error + 2
+    down = precision - bits
+    return max(0, (total - error) >> down), ((total + error) >> down) + 1
+
+
+@dataclass(frozen=True)
+class Law:
+    """P(x) ∝ exp(-φ(x)) on the integers.
+
+    Attributes:
+        kind: φ(x) = x²/(2 scale) for `"gaussian"`, |x|/scale for `"laplace"`.
+        scale: the variance parameter σ², or b.
+        step: s, the spacing of the table; a power of two.
+    """
+
+    kind: NoiseKind
+    scale: Fraction
+    step: int
+
+    def exponent(self, x: int) -> Fraction:
+        """Return φ(x)."""
+        return x * x * self._rate() if self.kind == "gaussian" else x * self._rate()
+
+    def _rate(self) -> Fraction:
+        top, bottom = self.scale.denominator, self.scale.numerator
+        return Fraction(top, 2 * bottom if self.kind == "gaussian" else bottom)
+
+    def extra(self, coarse: Ints, fine: Ints) -> tuple[Words, int]:
+        """Return numerators and the denominator of φ(coarse + fine) - φ(coarse)."""
+        rate = self._rate()
+        square = self.kind == "gaussian"
+        more = fine * (2 * coarse + fine) if square else fine
+        return (more * np.int64(rate.numerator)).view(np.uint64), rate.denominator
+
+
+@lru_cache(maxsize=64)
+def cumulative(law: Law, bits: int) -> list[int]:
+    """Return ⌊2^bits F(k)⌋ for k = 0, 1, … up to the first that is 2^bits - 1.
+
+    F is the distribution function of the magnitude's coarse part k: P(k) ∝ exp(-φ(k · step)).
+    Every entry is exact: bounds are narrowed until both have the same floor.
+    """
+    precision = bits + 64
+    while (found := _cumulative(law, bits, precision)) is None:
+        precision += 64
+    return found
+
+
+def _cumulative(law: Law, bits: int, precision: int) -> list[int] | None:
+    weights: list[tuple[int, int]] = []
+    while not weights or weights[-1][1] > 2:
+        weights.append(exp_bounds(law.exponent(len(weights) * law.step), precision))
+    # φ is convex: the rest is below a geometric series, w / (1 - exp(-δ)) <= w (1 + 1/δ).
+    last = len(weights) - 1
+    delta = law.exponent(law.step * len(weights)) - law.exponent(law.step * last)
+    rest = weights[-1][1] * (2 + delta.denominator // delta.numerator)
+    least, most = (sum(pair[side] for pair in weights) for side in (0, 1))
+    low = high = 0
+    found = []
+    for lower, upper in weights:
+        low, high = low + lower, high + upper
+        floor = (low << bits) // (most + rest)
+        found.append(floor)
+        if floor == (1 << bits) - 1:  # F < 1: no bound is needed from above
+            return found
+        if floor != (high << bits) // least:
+            return None
+    return None
+
+
+def resolve(law: Law, word: int, bits: int, source: Source) -> int:
+    """Return the k that the uniform number 0.word… belongs to, drawing the bits it takes.
+
+    Args:
+        law: whose table is meant.
+        word: the first `bits` bits, an integer.
+        bits: their number.
+        source: of the further bits.
+    """
+    while True:
+        table = cumulative(law, bits)
+        k = bisect.bisect_right(table, word)
+        if k == 0 or table[k - 1] != word:
+            return k
+        word = (word << 64) | int(source.words(1)[0])
+        bits += 64
+
+
+@lru_cache(maxsize=64)
+def _prepared(kind: NoiseKind, scale: Fraction) -> tuple[Law, Words]:
+    # In steps of the table σ, or b, is at most _ENTRIES; of the Gaussian law σ² is given.
+    limit = _ENTRIES[kind]
+    step = 1
+    while scale > (limit * step if kind == "laplace" else (limit * step) ** 2):
+        step *= 2
+    law = Law(kind, scale, step)
+    return law, np.array(cumulative(law, _BITS), np.uint64)
+
+
+def _some(law: Law, table: Words, n: int, source: Source) -> Ints:
+    """Make `n` trials and return those that were kept, in their order."""
+    words = source.words(n)
+    uniform = words >> np.uint64(1)
+    k = np.searchsorted(table, uniform, side="right").astype(np.int64, copy=False)
+    for at in np.flatnonzero(table[k - 1] == uniform):
+        k[at] = resolve(law, int(uniform[at]), _BITS, source)
+    minus = (words & np.uint64(1)).view(np.int64)
+    if law.step > 1:
+        fine = source.below(law.step, n).view(np.int64)
+        coarse = k * law.step
+        magnitude = coarse + fine
+        keep = bernoulli_exp(*law.extra(coarse, fine), source)
+        keep &= (magnitude | (1 - minus)) != 0
+    else:
+        magnitude = k
+        keep = (magnitude | (1 - minus)) != 0
+    return ((magnitude ^ -minus) + minus)[keep]
+
+
+class DiscreteNoise:
+    """Exact integer noise.
+
+    Args:
+        insecure_seed: for tests only; see `BitSource`.
+
+    Example:
+        >>> noise = DiscreteNoise()
+        >>> z = noise.sample("gaussian", Fraction(9), (2, 3))
+        >>> z.dtype, z.shape
+        (dtype('int64'), (2, 3))
+    """
+
+    def __init__(self, *, insecure_seed: int | None = None) -> None:
+        """Open the source of bits; see the class."""
+        self.source = BitSource(insecure_seed=insecure_seed)
+
+    def sample(self, kind: NoiseKind, scale: Fraction, shape: tuple[int, ...]) -> Ints:
+        """Draw independent integers.
+
+        Args:
+            kind: `"gaussian"` or `"laplace"`.
+            scale: the variance parameter σ² of the Gaussian law (its variance is a little
+                less), or b of the Laplace law; an int or a Fraction, > 0.
+            shape: of the result.
+
+        Returns:
+            int64 array of that shape.
+
+        Raises:
+            TypeError: the scale is a float, which would not be the number that was meant.
+            ValueError: it is not positive, or above 256 with a numerator of 2^61 or more.
+        """
+        return draw(kind, scale, shape, self.source)
+
+    def select(self, scores: Ints, coefficient: Fraction) -> int:
+        """Draw index j with probability proportional to exp(coefficient · scores[j]), exactly."""
+        return exponential(scores, coefficient, self.source)
+
+    def state(self) -> dict[str, Any] | None:
+        """Return the position of a seeded stream; None when the noise is from entropy."""
+        return self.source.state()
+
+    def load(self, state: dict[str, Any] | None) -> None:
+        """Go to a position of the same seeded stream."""
+        self.source.load(state)
+
+    def __repr__(self) -> str:
+        """Show a seed where there is one."""
+        seed = self.source.insecure_seed
+        return "DiscreteNoise()" if seed is None else f"DiscreteNoise(insecure_seed={seed})"
+
+
+def draw(kind: NoiseKind, scale: Fraction, shape: tuple[int, ...], source: Source) -> Ints:
+    """Draw integers of a law from a source; see `DiscreteNoise.sample`."""
+    one_of("draw", "kind", kind, _ENTRIES)
+    rational = isinstance(scale, int | Fraction) and not isinstance(scale, bool)
+    require_type(rational, "draw", "scale", "must be an int or a Fraction", scale)
+    require(scale > 0, "draw", "scale", "must be > 0", scale)
+    law, table = _prepared(kind, Fraction(scale))
+    if law.step > 1:
+        small = law.scale.numerator < 1 << 61
+        require(small, "draw", "scale", "must have a numerator below 2^61", scale)
+    count = 1
+    for length in shape:
+        count *= length
+    result = np.empty(count, np.int64)
+    done = 0
+    while done < count:
+        kept = _some(law, table, min(count - done, _CHUNK), source)
+        result[done : done + kept.size] = kept
+        done += kept.size
+    return result.reshape(shape)
+
+
+def exponential(scores: Ints, coefficient: Fraction, source: Source) -> int:
+    """Draw index j with probability proportional to exp(coefficient · scores[j]), exactly.
+
+    An index is drawn uniformly and kept with probability exp(-coefficient · (max - score)), until
+    one is kept: at most as many trials as indices, on average.
+
+    Args:
+        scores: integers [d].
+        coefficient: > 0; of the exponential mechanism with privacy ε, ε / (2 · sensitivity).
+        source: of the randomness.
+
+    Raises:
+        ValueError: there are no scores, or they are too far apart for 63 bits.
+    """
+    require(scores.size > 0, "exponential", "scores", "must not be empty", scores.shape)
+    rate = Fraction(coefficient)
+    require(rate > 0, "exponential", "coefficient", "must be > 0", coefficient)
+    gaps = scores.max() - scores
+    widest = int(gaps.max()) * rate.numerator
+    fits = widest < 1 << 63 and rate.denominator <= 1 << 62
+    require(fits, "exponential", "coefficient", "must have fewer digits", coefficient)
+    numerators = (gaps.astype(np.int64) * np.int64(rate.numerator)).view(np.uint64)
+    trials = 16
+    while True:
+        drawn = source.below(scores.size, trials).view(np.int64)
+        kept = np.flatnonzero(bernoulli_exp(numerators[drawn], rate.denominator, source))
+        if kept.size:
+            return int(drawn[kept[0]])
+        trials = min(4 * trials, _CHUNK)
+
+
+def discrete_gaussian(
+    sigma2: Fraction, shape: int | tuple[int, ...] = (), *, insecure_seed: int | None = None
+) -> Ints:
+    """Draw exact discrete Gaussian noise, P(x) ∝ exp(-x² / (2 sigma2)).
+
+    Args:
+        sigma2: σ², an int or a Fraction.
+        shape: of the result.
+        insecure_seed: for tests only; it warns.
+
+    Returns:
+        int64 array.
+
+    Example:
+        >>> bool(abs(discrete_gaussian(Fraction(100), 1000).mean()) < 5)
+        True
+    """
+    noise = DiscreteNoise(insecure_seed=insecure_seed)
+    return noise.sample("gaussian", sigma2, _as_shape(shape))
+
+
+def discrete_laplace(
+    scale: Fraction, shape: int | tuple[int, ...] = (), *, insecure_seed: int | None = None
+) -> Ints:
+    """Draw exact discrete Laplace noise, P(x) ∝ exp(-|x| / scale).
+
+    Args:
+        scale: b, an int or a Fraction.
+        shape: of the result.
+        insecure_seed: for tests only; it warns.
+
+    Returns:
+        int64 array.
+    """
+    noise = DiscreteNoise(insecure_seed=insecure_seed)
+    return noise.sample("laplace", scale, _as_shape(shape))
+
+
+def _as_shape(shape: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (shape,) if isinstance(shape, int) else tuple(shape)
+
+
+def round_up(value: Fraction, bits: int = 24) -> Fraction:
+    """Return the least fraction n · 2^e with n < 2^bits that is not below `value` > 0.
+
+    Noise scales are rounded this way: never less noise than the budget asks for, and few digits.
+
+    Example:
+        >>> round_up(Fraction(1, 3), 4)
+        Fraction(11, 32)
+    """
+    exponent = value.numerator.bit_length() - value.denominator.bit_length() - bits
+    while True:
+        unit = Fraction(1 << exponent) if exponent >= 0 else Fraction(1, 1 << -exponent)
+        steps = -(-value // unit)
+        if steps < 1 << bits:
+            return steps * unit
+        exponent += 1
