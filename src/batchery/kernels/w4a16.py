@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activations in 16 bits times weights in 4: y = x · Wᵀ, bound by reading W up to some 32 rows.
+
+When to use: matmuls of few rows (decoding in batches) with a weight packed by `pack_w4`. When not:
+training (no gradient reaches W); long prompts gain memory, not time.
+
+    w[n, k] = s[n, g(k)] · (q[n, k] - z[n, g(k)])
+    yᵀ[N, M] = Σ_g s[:, g] · ((q - z)[:, g] · x[:, g]ᵀ)        over groups g of G columns
+
+The weight is the left operand: it goes from 4 bits to 16 in registers, and the batch is the short
+side of the matrix instruction. Up to 64 rows the scales multiply each group's sums in float32, so
+the instruction sees exact small integers; above, they multiply the weights. The columns of an
+output tile may be split among programs: their float32 sums lie in memory, and the program that
+comes last adds them in order. No float atomics: the same bits in every run. With `batch_invariant`
+a row's result does not depend on how many other rows there are.
+
+Reference: Frantar et al., MARLIN, arXiv 2408.11743 (2024). Theirs adds split sums in 16 bits, in an
+order that follows the number of processors, and shuffles weights into fragments by hand.
+"""
+
+import warnings
+from functools import cache
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from batchery._core.validate import one_of, require
+from batchery.kernels.multi_tensor import triton
+from batchery.kernels.w4a16_layout import PackedW4, dequantized_slices, weave
+from batchery.kernels.w4a16_tiles import Tile, dequantize_tiles, launch
+
+__all__ = ["plan", "w4a16_matmul", "w4a16_reference"]
+
+Impl = Literal["auto", "torch", "triton"]
+
+OWNER = "w4a16_matmul"
+HALVES = (torch.float16, torch.bfloat16)
+NATIVE_BATCH = 128  # rows up to which torch's four-bit matmul on the CPU beats dequantising
+INVARIANT_BATCH = 64
+MOST_BATCH = 1024  # rows above which a dense product of dequantised weights is faster
+
+# The tile for batches of at most so many rows, and the programs of it that a processor holds.
+# Chosen by registers and spills of the compiled code; `benchmarks/marlin.py --sweep` measures them.
+TILES: tuple[tuple[int, Tile, int], ...] = (
+    (16, Tile(16, 64, stages=4), 3),
+    (32, Tile(32, 64, stages=3), 3),
+    (64, Tile(64, 128, warps=8, stages=3), 1),
+    (128, Tile(128, 256, step=32, warps=8, stages=3, scale_weights=True, carry=False), 1),
+    (MOST_BATCH, Tile(256, 128, step=32, warps=8, stages=3, scale_weights=True, carry=False), 1),
+)
+FILL = 3  # loop turns that a program loses at its start and end
+MOST_SPLIT = 16
+
+
+def w4a16_matmul(
+    x: Tensor,
+    weight: PackedW4,
+    *,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    batch_invariant: bool = False,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Multiply activations by a four-bit weight.
+
+    Args:
+        x: `(..., K)`, float16, bfloat16 or float32; the Triton kernels take the first two.
+        weight: made by `pack_w4`, on x's device.
+        bias: `(N,)`, added before silu(gate)·up.
+        out: where the result goes, `(..., N)`, or `(..., N / 2)` for a gated weight.
+        batch_invariant: give each row the bits that it would have alone. CUDA only.
+        impl: "triton", "torch" (dequantises; on the CPU torch's four-bit matmul for bfloat16), or
+            the first that can run.
+
+    Returns:
+        x · Wᵀ + bias in x's dtype; summed in float32 by the kernels. Gradients reach x and bias.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+        RuntimeError: `impl="triton"` where the kernels cannot run.
+
+    Example:
+        >>> from batchery.kernels.w4a16_layout import pack_w4
+        >>> q = torch.tensor([[9, 8, 8, 6]] * 2, dtype=torch.uint8)
+        >>> weight = pack_w4(q, torch.tensor([[1.0], [0.5]]))
+        >>> w4a16_matmul(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), weight)
+        tensor([[-7.0000, -3.5000]])
+    """
+    n, k = weight.shape
+    one_of(OWNER, "impl", impl, ("auto", "torch", "triton"))
+    require(x.dim() > 0 and x.shape[-1] == k, OWNER, "x", f"must be (..., {k})", tuple(x.shape))
+    dtypes = (*HALVES, torch.float32)
+    require(x.dtype in dtypes, OWNER, "x", f"must be in {dtypes}", x.dtype)
+    require(
+        x.device == weight.words.device, OWNER, "x", f"must be on {weight.words.device}", x.device
+    )
+    if bias is not None:
+        require(bias.shape == (n,), OWNER, "bias", f"must be ({n},)", tuple(bias.shape))
+        bias = (weave(bias) if weight.gated else bias).to(x.dtype)
+    shape = (*x.shape[:-1], n // 2 if weight.gated else n)
+    if out is not None:
+        fits = out.shape == shape and out.dtype == x.dtype and out.is_contiguous()
+        require(fits, OWNER, "out", f"must be {shape}, dense, {x.dtype}", tuple(out.shape))
+    rows = x.reshape(-1, k)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    kernel = _by_triton(x, impl)
+    wants_grad = x.requires_grad or (bias is not None and bias.requires_grad)
+    if torch.is_grad_enabled() and wants_grad:
+        y = _operation(rows, weight, bias, False, batch_invariant, kernel)
+        y = _join(y) if weight.gated else y
+    elif not kernel:
+        y = w4a16_reference(rows, weight, bias)
+    elif torch.compiler.is_compiling():
+        y = _operation(rows, weight, bias, weight.gated, batch_invariant, kernel)
+    else:
+        y = _by_kernel(rows, weight, bias, out, batch_invariant)
+    y = y.view(shape)
+    if out is None or y.data_ptr() == out.data_ptr():
+        return y
+    return out.copy_(y)
+
+
+def w4a16_reference(x: Tensor, weight: PackedW4, bias: Tensor | None = None) -> Tensor:
+    """Torch form for x `(M, K)` of any floating dtype; a gated weight's bias comes woven."""
+    native = weight.native
+    if native is not None and x.dtype == torch.bfloat16 and len(x) <= NATIVE_BATCH:
+        words, table = native
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, words, weight.group_size, table)
+        y = weave(y.t()).t() if weight.gated else y
+    else:
+        parts = [F.linear(x, w) for w in dequantized_slices(weight, x.dtype)]
+        y = torch.cat(parts, -1)
+    y = y if bias is None else y + bias
+    return _join(y) if weight.gated else y
+
+
+def _join(y: Tensor) -> Tensor:
+    """Return silu(gate)·up of woven columns."""
+    return F.silu(y[:, 0::2]) * y[:, 1::2]
+
+
+def plan(batch: int, rows: int, steps: int, processors: int, invariant: bool) -> tuple[Tile, int]:
+    """Choose the tile, and the parts that columns are split in.
+
+    Parts are taken so that the last round of programs is full, where that is worth the turns that
+    each program loses at its ends.
+
+    Args:
+        batch: rows of x.
+        rows: rows of W, with padding.
+        steps: blocks of columns.
+        processors: of the device.
+        invariant: let nothing depend on `batch` but the tile's width.
+    """
+    fitting = [(most, tile, held) for most, tile, held in TILES if rows % tile.rows == 0]
+    _, tile, held = next((entry for entry in fitting if batch <= entry[0]), fitting[-1])
+    if invariant:
+        width = max(16, min(INVARIANT_BATCH, triton.next_power_of_2(batch)))
+        tile, held, batch = Tile(width, 64, stages=3), 2, 1
+    tiles = rows // tile.rows * -(-batch // tile.batch)
+    places = processors * held
+
+    def turns(split: int) -> int:
+        return -(-tiles * split // places) * (-(-steps // split) + FILL)
+
+    return tile, min(range(1, min(steps, MOST_SPLIT) + 1), key=turns)
+
+
+def _by_triton(x: Tensor, impl: Impl) -> bool:
+    """Say whether the kernels run, or raise if they must and cannot."""
+    can = triton is not None and x.is_cuda and x.dtype in HALVES and _modern(x.device)
+    if impl == "triton" and not can:
+        what = "Triton is not installed" if triton is None else "no kernel"
+        raise RuntimeError(f"{OWNER}: {what} for {x.dtype} on {x.device}")
+    return can and impl != "torch"
+
+
+@cache
+def _modern(device: torch.device) -> bool:
+    """Say whether the device has the kernels' instructions; warn once if not."""
+    modern = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    if not modern:
+        warnings.warn(f"{OWNER}: {device} is too old for the kernels: dequantising", stacklevel=4)
+    return modern
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _by_kernel(
+    x: Tensor, weight: PackedW4, bias: Tensor | None, out: Tensor | None, invariant: bool
+) -> Tensor:
+    """Run the kernels on x `(M, K)`."""
+    n, steps = weight.shape[0], weight.words.shape[1]
+    shape = (len(x), n // 2 if weight.gated else n)
+    out = x.new_empty(shape) if out is None else out.view(shape)
+    if len(x) > MOST_BATCH and not invariant:
+        y = F.linear(x, dequantize_tiles(weight, x.dtype), bias)
+        return out.copy_(_join(y)) if weight.gated else out.copy_(y)
+    # An invariant split serves one tile of rows: its counters would not do for more.
+    parts = INVARIANT_BATCH if invariant else max(1, len(x))
+    for begin in range(0, len(x), parts):
+        part = x[begin : begin + parts]
+        tile, split = plan(len(part), weight.rows, steps, _processors(x.device), invariant)
+        launch(part, weight, tile, split, bias=bias, out=out[begin : begin + parts])
+    return out
+
+
+def _operation(
+    x: Tensor, weight: PackedW4, bias: Tensor | None, gated: bool, invariant: bool, kernel: bool
+) -> Tensor:
+    tensors = (weight.words, weight.scales, weight.zeros, weight.counters)
+    rest = (bias, *weight.shape, weight.group_size, gated, invariant, kernel)
+    y: Tensor = _w4a16_op(x, *tensors, *rest)
+    return y
+
+
+@torch.library.custom_op("batchery::w4a16", mutates_args=())
+def _w4a16_op(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    counters: Tensor,
+    bias: Tensor | None,
+    n: int,
+    k: int,
+    group_size: int,
+    gated: bool,
+    invariant: bool,
+    kernel: bool,
+) -> Tensor:
+    """What torch.compile and autograd see: counters are as before when it returns."""
+    weight = PackedW4(words, scales, zeros, counters, None, (n, k), group_size, gated)
+    if kernel:
+        return _by_kernel(x, weight, bias, None, invariant)
+    return w4a16_reference(x, weight, bias)
+
+
+@_w4a16_op.register_fake
+def _(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    counters: Tensor,
+    bias: Tensor | None,
+    n: int,
+    k: int,
+    group_size: int,
+    gated: bool,
+    invariant: bool,
+    kernel: bool,
+) -> Tensor:
+    return x.new_empty(x.shape[0], n // 2 if gated else n)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, words, scales, zeros, _, _, n, k, group_size, _, _, ctx.kernel = inputs
+    ctx.weight = (words, scales, zeros, n, k, group_size)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    words, scales, zeros, n, k, group_size = ctx.weight
+    weight = PackedW4(words, scales, zeros, words, None, (n, k), group_size, False)
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        if ctx.kernel:
+            grad_x = grad @ dequantize_tiles(weight, grad.dtype)
+        else:
+            grad_x = grad @ torch.cat(list(dequantized_slices(weight, grad.dtype)))
+    if ctx.needs_input_grad[5]:
+        grad_bias = grad.sum(0)
+    return grad_x, None, None, None, None, grad_bias, *(6 * [None])
+
+
+_w4a16_op.register_autograd(_gradients, setup_context=_keep)
