@@ -286,7 +286,7 @@ STUDY = Study(
         Comparison("wsd", "stable", "drop_bar", claim=False),
         Comparison("mup", "sp", "loss_wide", claim=False),
     ),
-    seeds={"smoke": 1, "cpu": 4, "gpu": 3},
+    seeds={"smoke": 1, "cpu": 3, "gpu": 3},
     data=("stdlib-text",),
     prepare=_prepare,
     figure=_draw,
