@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
-from batchery._core.random import derive_seed, new_generator, seed_of
+from batchery._core.random import derive_seed, initial_weights, new_generator, seed_of
 
 
 def test_seeds_are_the_same_everywhere_and_differ_by_every_key():
@@ -26,3 +26,14 @@ def test_seed_of_does_not_advance_the_generator():
     assert seed_of(generator) == 7
     assert seed_of(None) == 0
     assert torch.equal(state, generator.get_state())
+
+
+def test_initial_weights_depend_on_the_keys_alone_and_the_global_stream_is_restored():
+    before = torch.get_rng_state()
+    drawn = []
+    for seed in (0, 0, 1):
+        with initial_weights(seed, "weights"):
+            drawn.append(torch.nn.Linear(2, 2).weight.detach().clone())
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert torch.equal(torch.get_rng_state(), before)

@@ -58,7 +58,13 @@ def test_rows_say_what_the_result_says(result):
 
 @pytest.mark.parametrize(
     ("value", "digits", "text"),
-    [(1234.567, 1, "1,234.6"), (0.0, 3, "0.000"), (1e-5, 3, "1.0e-05"), (float("nan"), 3, "–")],
+    [
+        (1234.567, 1, "1,234.6"),
+        (0.0, 3, "0.000"),
+        (1e-5, 3, "1e-05"),
+        (0.085, 1, "0.085"),
+        (float("nan"), 3, "–"),
+    ],
 )
 def test_numbers(value, digits, text):
     assert number(value, digits) == text

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Private random streams: nothing in the library reads or moves the global generator."""
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 
 import torch
 
@@ -20,6 +22,17 @@ def derive_seed(*keys: object) -> int:
 def new_generator(*keys: object, device: torch.device | str = "cpu") -> torch.Generator:
     """Return a fresh generator seeded by `derive_seed(*keys)`."""
     return torch.Generator(device=device).manual_seed(derive_seed(*keys))
+
+
+@contextlib.contextmanager
+def initial_weights(*keys: object) -> Iterator[None]:
+    """Seed what modules draw their weights from, on the CPU, by the keys; then restore it.
+
+    `torch.manual_seed` would reseed the GPUs' generators as well.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(*keys))
+        yield
 
 
 def seed_of(generator: torch.Generator | None) -> int:

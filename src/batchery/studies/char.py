@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchery import datasets
-from batchery._core.random import derive_seed, new_generator
+from batchery._core.random import initial_weights, new_generator
 
 VOCABULARY = 128  # ASCII; any other character reads as "?"
 _EMBED = 24
@@ -26,8 +26,7 @@ class CharPerceptron(nn.Module):
         """Initialise as torch does, from `seed` alone."""
         super().__init__()
         self.context = context
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "weights"))
+        with initial_weights(seed, "weights"):
             self.embed = nn.Embedding(VOCABULARY, _EMBED)
             self.hidden = nn.Linear(_EMBED * context, width)
             self.norm = nn.LayerNorm(width)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchery import datasets
-from batchery._core.random import derive_seed, new_generator
+from batchery._core.random import initial_weights, new_generator
 from batchery.select import HardBatchSampler, ResumableBatchSampler
 from batchery.studies.graphs import captured
 from batchery.studies.study import Comparison, Metric, Outcome, Scale, Study, Trial
@@ -273,8 +273,7 @@ def _train(
     """Train one arm; return test accuracies and recalls of the rare class along the way."""
     size, paper = SIZES[trial.scale], arm.startswith("paper")
     task = _task(size, version, seed, trial.device, tuning)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "weights"))
+    with initial_weights(seed, "weights"):
         model = resnet18() if size.data == "cifar10" else _perceptron()
     model = model.to(trial.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     epoch = len(task.y_train) // size.batch

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from batchery._core import random
-from batchery._core.random import derive_seed
 from batchery._core.validate import import_extra, one_of, require
 from batchery.optim import WSDScheduler, layer_adaptation_groups, layerwise, wsd, wsd_curve
 from batchery.studies import lab_cache, lab_loop
@@ -77,6 +76,8 @@ class LabSize:
         lr: peak learning rate of AdamW.
         weight_decay: of matrices, decoupled.
         vocabulary: size of the tokenizer's vocabulary.
+        branch_init: initial size of the matrices that end a residual branch, over that of the
+            others; below 1 a deep model starts closer to its embedding and learns faster.
 
     Raises:
         ValueError: widths and heads do not divide.
@@ -93,6 +94,7 @@ class LabSize:
     lr: float = 3e-3
     weight_decay: float = 0.1
     vocabulary: int = VOCABULARY
+    branch_init: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse heads that do not fit."""
@@ -110,15 +112,12 @@ class LabSize:
         return max(32, round(self.hidden * 8 / 3 / 32) * 32)
 
 
-# nano sees an eighth of the text, once. small sees all of it about eight times: what keeps it from
-# learning the text by heart is a decay ten times the usual (and twice as many passes would undo).
-SIZES = {
-    size.name: size
-    for size in (
-        LabSize("nano", 128, 4, 4, 2, context=128, batch=8, steps=400, lr=6e-3),
-        LabSize("small", 512, 12, 8, 2, 512, batch=32, steps=1_750, lr=2e-3, weight_decay=1.0),
-    )
-}
+# nano sees an eighth of the text, once. small sees all of it about eight times: in a narrow proxy
+# with as many parameters per token, ten times the usual decay lost less on held-out text than the
+# usual one, and sixteen passes lost more than eight. On an H100 it took 73 s, to 1.75 nats.
+_NANO = LabSize("nano", 128, 4, 4, 2, context=128, batch=8, steps=440, lr=4e-3, branch_init=0.2)
+_SMALL = LabSize("small", 512, 12, 8, 2, 512, batch=32, steps=1_750, lr=2e-3, weight_decay=1.0)
+SIZES = {size.name: size for size in (_NANO, _SMALL)}
 
 
 @dataclass(frozen=True)
@@ -147,8 +146,9 @@ class LabModel:
 def new_model(size: LabSize, seed: int = 0) -> Any:
     """Return an untrained `LlamaForCausalLM` whose weights depend on size and seed alone.
 
-    Matrices start with standard deviation d^-1/2: at the usual 0.02 a narrow model spends its first
-    hundreds of steps growing its weights. The head is tied to the embedding.
+    Matrices start with standard deviation d^-1/2 (times `branch_init` at the ends of residual
+    branches): at the usual 0.02 a narrow model spends its first hundreds of steps growing its
+    weights. The head is tied to the embedding.
 
     Returns:
         The model, float32, on the CPU.
@@ -171,10 +171,13 @@ def new_model(size: LabSize, seed: int = 0) -> Any:
         eos_token_id=0,
         architectures=["LlamaForCausalLM"],  # what inference engines go by
     )
-    with torch.random.fork_rng(devices=[]):
-        # `torch.manual_seed` would reseed the GPUs' generators as well.
-        torch.default_generator.manual_seed(derive_seed(seed, "weights"))
-        return transformers.LlamaForCausalLM(config)
+    with random.initial_weights(seed, "weights"):
+        model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(size.branch_init)
+            layer.mlp.down_proj.weight.mul_(size.branch_init)
+    return model
 
 
 def load(

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from batchery import datasets
-from batchery._core.random import derive_seed, new_generator
+from batchery._core.random import initial_weights, new_generator
 from batchery.optim import LAMB, LARS, layer_adaptation_groups, scale_lr, warmup_fraction
 from batchery.studies import char, lab
 from batchery.studies.char import CharPerceptron, char_loss, char_text, windows
@@ -150,8 +150,7 @@ def _train_digits(arm: str, lr: float, batch: int, seed: int, trial: Trial) -> f
     """Train the convolutional network and return its test error, in per cent."""
     size, data = SIZES[trial.scale], datasets.load("digits")
     arrays = {name: torch.from_numpy(value).to(trial.device) for name, value in data.items()}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "weights"))
+    with initial_weights(seed, "weights"):
         model = _digit_model().to(trial.device)
     optimizer = OPTIMIZERS[arm][0](model, lr)
     count = len(arrays["x_train"])

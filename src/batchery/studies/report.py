@@ -32,7 +32,7 @@ def number(value: float | None, digits: int = 3) -> str:
     if not _known(value):
         return "–"
     if value and abs(value) < 10**-digits:
-        return f"{value:.1e}"
+        return f"{value:.2g}"
     return f"{value:,.{digits}f}"
 
 
