@@ -386,8 +386,13 @@ def cache_folder() -> Path:
     return Path(base) / "batchery"
 
 
-def _obtain(dataset: Dataset) -> tuple[list[Path], Parser]:
-    """Find the first source that is here whole; else fetch the first that can be fetched."""
+def is_here(name: str) -> bool:
+    """Say whether `load` would find the files of a data set without fetching any."""
+    return _find(describe(name)) is not None
+
+
+def _find(dataset: Dataset) -> tuple[list[Path], tuple[File, ...], Parser] | None:
+    """Return paths, files and parser of the first source that is here whole."""
     given = os.environ.get("BATCHERY_DATA")
     folders = [Path(given)] if given else []
     folders.append(cache_folder())
@@ -395,9 +400,18 @@ def _obtain(dataset: Dataset) -> tuple[list[Path], Parser]:
         for folder in folders:
             paths = [folder / file.name for file in files]
             if all(path.is_file() for path in paths):
-                for file, path in zip(files, paths, strict=True):
-                    _verify(dataset.name, file, path)
-                return paths, parse
+                return paths, files, parse
+    return None
+
+
+def _obtain(dataset: Dataset) -> tuple[list[Path], Parser]:
+    """Find the first source that is here whole; else fetch the first that can be fetched."""
+    found = _find(dataset)
+    if found is not None:
+        paths, files, parse = found
+        for file, path in zip(files, paths, strict=True):
+            _verify(dataset.name, file, path)
+        return paths, parse
     for files, parse in dataset.sources:
         if all(file.url for file in files):
             return [

@@ -15,19 +15,10 @@ from batchery.studies.hard_batches import (
     Pruned,
     _arrays,
     _task,
-    best_rate,
 )
 from batchery.studies.study import SCALES
 
 CPU = torch.device("cpu")
-
-
-@pytest.mark.parametrize("optimum", [-5, -1, 0, 2, 6])
-def test_tuning_ends_between_two_worse_rates(optimum):
-    found = best_rate(lambda lr: abs(math.log2(lr / 0.1) - optimum), 0.1)
-    assert found["lr"] == pytest.approx(0.1 * 2.0**optimum)
-    tried = [float(lr) for lr in found["tried"]]
-    assert min(tried) < found["lr"] < max(tried)
 
 
 @pytest.mark.parametrize("arm", FEEDS)

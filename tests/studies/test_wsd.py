@@ -7,29 +7,13 @@ import torch
 from torch import nn
 
 from batchery.optim import WSDScheduler
-from batchery.studies import wind_tunnel, wsd
+from batchery.studies import tuning, wind_tunnel, wsd
 from batchery.studies.study import SCALES, Trial
-from batchery.studies.wind_tunnel import Run, Tunnel, llama, plane_prediction, stable_run, walk
+from batchery.studies.wind_tunnel import Run, Tunnel, llama, plane_prediction, stable_run
 from batchery.studies.wsd import PLANS, STUDY, PerceptronTask, Plan
 
 CPU = torch.device("cpu")
 TASK = PerceptronTask(width=16, batch=8)
-
-
-@pytest.mark.parametrize("start", [2.0**-9, 2.0**-4, 1.0])
-def test_a_walk_brackets_the_best_rate_of_every_loss(start):
-    tried = []
-
-    def run(lr):
-        tried.append(lr)
-        return [abs(math.log2(lr) - best) for best in (-5, -3)]
-
-    found = walk(run, start)
-    assert found["lr"] == [2.0**-5, 2.0**-3]
-    assert found["cells"] == [-5 - math.log2(start), -3 - math.log2(start)]
-    assert min(tried) <= 2.0**-6
-    assert max(tried) >= 2.0**-2
-    assert len(tried) == len(set(tried)) == len(found["tried"])
 
 
 def test_a_branch_ends_as_a_planned_run_and_leaves_the_stable_run_alone():
@@ -125,7 +109,7 @@ def test_the_gpu_path_runs_at_toy_size(monkeypatch):
     )
     monkeypatch.setitem(wsd.PLANS, "gpu", plan)
     monkeypatch.setitem(wind_tunnel.TUNNELS, "gpu", tunnel)
-    monkeypatch.setattr(wind_tunnel, "_MOST_RATES", 4)
+    monkeypatch.setattr(tuning, "_MOST_RATES", 4)
     prepared = STUDY.prepare(Trial(0, "gpu", CPU))
     assert len(prepared["cosine"]["lr"]) == 3
     batch_law = prepared["tunnel"]["batch_law"]

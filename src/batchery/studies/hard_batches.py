@@ -24,6 +24,7 @@ from batchery._core.random import initial_weights, new_generator
 from batchery.select import HardBatchSampler, ResumableBatchSampler
 from batchery.studies.graphs import captured
 from batchery.studies.study import Comparison, Metric, Outcome, Scale, Study, Trial
+from batchery.studies.tuning import walk
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -313,20 +314,6 @@ def _train(
     return list(accuracies), list(recalls)
 
 
-def best_rate(error: Callable[[float], float], start: float) -> dict[str, Any]:
-    """Walk by factors of two until the best learning rate has worse ones on both sides."""
-    tried = {place: error(start * 2.0**place) for place in (-1, 0, 1)}
-    for _ in range(6):
-        best = min(tried, key=lambda place: tried[place])
-        if min(tried) < best < max(tried):
-            break
-        place = best + (1 if best == max(tried) else -1)
-        tried[place] = error(start * 2.0**place)
-    best = min(tried, key=lambda place: tried[place])
-    named = {f"{start * 2.0**place:g}": tried[place] for place in sorted(tried)}
-    return {"lr": start * 2.0**best, "tried": named}
-
-
 def _tuned_arms(scale: Scale) -> list[str]:
     left_out = CPU_ONLY if scale == "gpu" else ()
     return [arm for arm in FEEDS if arm not in left_out and not arm.startswith("paper")]
@@ -340,15 +327,15 @@ def _prepare(trial: Trial) -> dict[str, Any]:
     for done, (version, arm) in enumerate(places):
         trial.progress(done, len(places))
 
-        def error(lr: float, version: str = version, arm: str = arm) -> float:
+        def error(lr: float, version: str = version, arm: str = arm) -> list[float]:
             seeds = range(TUNING_SEED, TUNING_SEED + size.tuning_seeds)
             runs = (_train(arm, version, lr, seed, trial, tuning=True) for seed in seeds)
-            return 100 - statistics.fmean(accuracies[-1] for accuracies, _ in runs)
+            return [100 - statistics.fmean(accuracies[-1] for accuracies, _ in runs)]
 
         if trial.scale == "smoke":  # nothing is judged, so nothing is tuned
-            chosen[version][arm] = {"lr": size.lr}
+            chosen[version][arm] = {"lr": [size.lr]}
         else:
-            chosen[version][arm] = best_rate(error, size.lr)
+            chosen[version][arm] = walk(error, size.lr)
     return chosen
 
 
@@ -358,7 +345,7 @@ def _arm(name: str) -> Callable[[Trial], Outcome]:
             return Outcome({})
         size, paper = SIZES[trial.scale], name.startswith("paper")
         tuned = {} if paper else {version: trial.prepared[version][name] for version in VERSIONS}
-        lr = PAPER_LR if paper else tuned["balanced"]["lr"]
+        lr = PAPER_LR if paper else tuned["balanced"]["lr"][0]
         curve, _ = _train(name, "balanced", lr, trial.seed, trial)
         trial.progress(1, 2)
         reached = [place for place, value in enumerate(curve, 1) if value >= size.target]
@@ -367,7 +354,7 @@ def _arm(name: str) -> Callable[[Trial], Outcome]:
             "updates_to_target": 100 * reached[0] / len(curve) if reached else 100.0,
         }
         if not paper:
-            lr = tuned["imbalanced"]["lr"]
+            lr = tuned["imbalanced"]["lr"][0]
             accuracies, recalls = _train(name, "imbalanced", lr, trial.seed, trial)
             metrics |= {"accuracy_rare": accuracies[-1], "recall_rare": recalls[-1]}
         return Outcome(metrics, {"accuracy": curve})

@@ -86,17 +86,22 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Return the commit of the source tree, marked when it has changes; None outside a tree.
+    """Return the commit of the source tree, marked when `src` has changes; None outside a tree.
 
     `BATCHERY_COMMIT` names it for a tree that was copied without its history.
     """
     root = Path(__file__).resolve().parents[3]
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
-    if (root / ".git").exists() and shutil.which("git"):
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
-        if found.returncode == 0:
-            return found.stdout.strip()
-    return os.environ.get("BATCHERY_COMMIT")
+    if not ((root / ".git").exists() and shutil.which("git")):
+        return os.environ.get("BATCHERY_COMMIT")
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    head, changed = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "--", "src")
+    if head.returncode:
+        return os.environ.get("BATCHERY_COMMIT")
+    return head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
 
 
 class _PeakMemory:

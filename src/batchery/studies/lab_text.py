@@ -10,7 +10,6 @@ from, and what is held out is like it in kind.
 import functools
 import hashlib
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,19 +88,7 @@ def split_corpus(texts: Sequence[str]) -> Corpus:
 @functools.cache
 def lab_corpus() -> Corpus:
     """Return the lab's corpus: those of `SOURCES` that are here."""
-    return split_corpus([_read(name) for name in SOURCES if _is_here(name)])
-
-
-def _is_here(name: str) -> bool:
-    """Say whether `datasets.load` would find the files without fetching any."""
-    folders = [datasets.cache_folder()]
-    if given := os.environ.get("BATCHERY_DATA"):
-        folders.append(Path(given))
-    return any(
-        all((folder / file.name).is_file() for file in files)
-        for files, _ in datasets.describe(name).sources
-        for folder in folders
-    )
+    return split_corpus([_read(name) for name in SOURCES if datasets.is_here(name)])
 
 
 def _read(name: str) -> str:

@@ -27,6 +27,7 @@ from batchery.studies import char, lab
 from batchery.studies.char import CharPerceptron, char_loss, char_text, windows
 from batchery.studies.lab import LabSize
 from batchery.studies.study import Comparison, Metric, Outcome, Scale, Study, Trial
+from batchery.studies.tuning import walk
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -176,33 +177,6 @@ def _train_digits(arm: str, lr: float, batch: int, seed: int, trial: Trial) -> f
     return 100 * float(wrong.float().mean())
 
 
-def _tune(run: Callable[[float], float], start: float, basin: float) -> dict[str, Any]:
-    """Walk by factors of two until the best rate has worse ones on both sides.
-
-    The walk goes on on either side until the loss is more than `basin` above the best, so that
-    the width of the basin is known; every optimizer gets the same rule.
-    """
-    found = {0: run(start)}
-    for _ in range(12):
-        best = min(found, key=lambda place: found[place])
-        sides = [
-            edge + way
-            for way, edge in ((1, max(found)), (-1, min(found)))
-            if edge == best or found[edge] <= found[best] + basin
-        ]
-        if not sides:
-            break
-        for place in sides:
-            found[place] = run(start * 2.0**place)
-    best = min(found, key=lambda place: found[place])
-    inside = [place for place in found if found[place] <= found[best] + basin]
-    return {
-        "lr": start * 2.0**best,
-        "basin": [start * 2.0 ** min(inside), start * 2.0 ** max(inside)],
-        "tried": {f"{start * 2.0**place:g}": found[place] for place in sorted(found)},
-    }
-
-
 def _prepare(trial: Trial) -> dict[str, Any]:
     """Tune every optimizer at the smallest batch, and again at the largest, by one rule."""
     size = SIZES[trial.scale]
@@ -214,16 +188,16 @@ def _prepare(trial: Trial) -> dict[str, Any]:
         train = _train_digits if digits else _train_text
         rule: Literal["linear", "sqrt"] = "linear" if digits else "sqrt"
 
-        def run(lr: float, batch: int, arm: str = arm, train: Any = train) -> float:
-            return float(train(arm, lr, batch, TUNING_SEED, trial))
+        def run(lr: float, batch: int, arm: str = arm, train: Any = train) -> list[float]:
+            return [train(arm, lr, batch, TUNING_SEED, trial)]
 
         if trial.scale == "smoke":  # nothing is judged, so nothing is tuned
-            chosen[arm] = {"base": {"lr": start}, "large": {"lr": start * 2}}
+            chosen[arm] = {"base": {"lr": [start]}, "large": {"lr": [start * 2]}}
             continue
-        at_base = _tune(functools.partial(run, batch=batches[0]), start, 0.0)
-        scaled = scale_lr(at_base["lr"], batches[-1], batches[0], rule)
+        at_base = walk(functools.partial(run, batch=batches[0]), start)
+        scaled = scale_lr(at_base["lr"][0], batches[-1], batches[0], rule)
         basin = 0.0 if digits else BASIN
-        at_large = _tune(functools.partial(run, batch=batches[-1]), scaled, basin)
+        at_large = walk(functools.partial(run, batch=batches[-1]), scaled, basin=basin)
         chosen[arm] = {"base": at_base, "large": at_large}
     return chosen
 
@@ -231,13 +205,13 @@ def _prepare(trial: Trial) -> dict[str, Any]:
 def _text_arm(arm: str) -> Callable[[Trial], Outcome]:
     def run(trial: Trial) -> Outcome:
         batches = SIZES[trial.scale].batches
-        base = trial.prepared[arm]["base"]["lr"]
+        base = trial.prepared[arm]["base"]["lr"][0]
         curve = []
         for done, batch in enumerate(batches):
             trial.progress(done, len(batches) + 1)
             lr = scale_lr(base, batch, batches[0], "sqrt")
             curve.append(_train_text(arm, lr, batch, trial.seed, trial))
-        retuned = trial.prepared[arm]["large"]["lr"]
+        retuned = trial.prepared[arm]["large"]["lr"][0]
         best = _train_text(arm, retuned, batches[-1], trial.seed, trial)
         metrics = {"loss_large": curve[-1], "loss_base": curve[0], "loss_retuned": best}
         return Outcome(metrics, {"loss": curve, "batch": [float(b) for b in batches]})
@@ -248,9 +222,9 @@ def _text_arm(arm: str) -> Callable[[Trial], Outcome]:
 def _digit_arm(arm: str) -> Callable[[Trial], Outcome]:
     def run(trial: Trial) -> Outcome:
         base, large = SIZES[trial.scale].digit_batches
-        lr = trial.prepared[arm]["base"]["lr"]
+        lr = trial.prepared[arm]["base"]["lr"][0]
         scaled = scale_lr(lr, large, base, "linear")
-        retuned = trial.prepared[arm]["large"]["lr"]
+        retuned = trial.prepared[arm]["large"]["lr"][0]
         return Outcome(
             {
                 "error_large": _train_digits(arm, scaled, large, trial.seed, trial),
@@ -274,7 +248,7 @@ def _draw(figure: Figure, result: dict[str, Any]) -> None:
             curves.plot(*zip(*known, strict=True), "o-", color=f"C{color}", alpha=0.35)
         curves.plot([], [], "o-", color=f"C{color}", label=arm["name"])
         tried = prepared[arm["name"]]["large"].get("tried", {})
-        rates = [(float(lr), loss) for lr, loss in tried.items() if loss is not None]
+        rates = [(float(lr), loss) for lr, (loss,) in tried.items() if loss is not None]
         if rates:
             best = min(rates, key=lambda pair: pair[1])[0]
             points = [(lr / best, loss) for lr, loss in rates]

@@ -28,10 +28,10 @@ from batchery.studies.char import VOCABULARY, char_text, windows
 from batchery.studies.lab import LabSize, new_model
 from batchery.studies.lab_loop import Graphs, held_out_loss, train
 from batchery.studies.study import Outcome, Scale, Trial
+from batchery.studies.tuning import walk
 
 DECAY = 0.1  # share of the steps
 TUNING_SEED = 1_000  # apart from the seeds that are judged
-_MOST_RATES = 12
 
 
 class Task(Protocol):
@@ -137,33 +137,6 @@ def stable_run(
         [undecayed[end] for end in budgets if plain],
         budgets[-1] - longest[-1] + sum(longest),
     )
-
-
-def walk(run: Callable[[float], Sequence[float]], start: float) -> dict[str, Any]:
-    """Walk by factors of two until every loss has its best rate between two worse ones.
-
-    Args:
-        run: learning rate → losses, one for every thing that may have a rate of its own.
-        start: where the walk begins.
-
-    Returns:
-        `lr`: the best rate for each loss; `cells`: how many factors of two each lies from the
-        start; `tried`: rate → losses, by rate.
-    """
-    found = {0: list(run(start))}
-    while len(found) < _MOST_RATES:
-        best = {min(found, key=lambda at: found[at][i]) for i in range(len(found[0]))}
-        edges = [edge + way for way, edge in ((1, max(found)), (-1, min(found))) if edge in best]
-        if not edges:
-            break
-        for place in edges:
-            found[place] = list(run(start * 2.0**place))
-    cells = [min(found, key=lambda at: found[at][i]) for i in range(len(found[0]))]
-    return {
-        "lr": [start * 2.0**at for at in cells],
-        "cells": cells,
-        "tried": {f"{start * 2.0**at:g}": found[at] for at in sorted(found)},
-    }
 
 
 # the lab's Llama

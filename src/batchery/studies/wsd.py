@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from batchery.studies.char import CharPerceptron, char_loss, held_out_loss
 from batchery.studies.lab import LabSize
 from batchery.studies.study import Comparison, Metric, Outcome, Scale, Study, Trial
+from batchery.studies.tuning import walk
 from batchery.studies.wind_tunnel import (
     DECAY,
     TUNING_SEED,
@@ -37,7 +38,6 @@ from batchery.studies.wind_tunnel import (
     prepare_tunnel,
     stable_run,
     transfer_arm,
-    walk,
 )
 
 if TYPE_CHECKING:
