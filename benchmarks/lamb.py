@@ -42,8 +42,8 @@ def make(shapes: Sequence[tuple[int, ...]], device: torch.device) -> list[Tensor
     return tensors
 
 
-def seconds(step: Step, device: torch.device, repeats: int) -> float:
-    """Median time of one call, after three calls of warm-up."""
+def seconds(step: Step, device: torch.device, repeats: int, between: Step = lambda: None) -> float:
+    """Median time of one call, after three calls of warm-up; `between` runs before each call."""
     times = []
     for _ in range(3):
         step()
@@ -57,6 +57,7 @@ def seconds(step: Step, device: torch.device, repeats: int) -> float:
             times.append(begin.elapsed_time(end) / 1e3)
     else:
         for _ in range(repeats):
+            between()
             at = time.perf_counter()
             step()
             times.append(time.perf_counter() - at)
@@ -102,7 +103,10 @@ WORDS = {"AdamW fused": 7, "LAMB": 10, "SGD fused": 5, "LARS": 7}  # float32 wor
 
 
 def compare(
-    shapes: Sequence[tuple[int, ...]], device: torch.device, repeats: int
+    shapes: Sequence[tuple[int, ...]],
+    device: torch.device,
+    repeats: int,
+    between: Step = lambda: None,
 ) -> dict[str, Any]:
     count = sum(torch.Size(shape).numel() for shape in shapes)
     bandwidth = copy_bandwidth(device)
@@ -116,7 +120,7 @@ def compare(
         parameters = make(shapes, device)
         optimizer = build(parameters)
         slow = name.startswith("timm") or "foreach" in name
-        time_ = seconds(optimizer.step, device, max(5, repeats // 4) if slow else repeats)
+        time_ = seconds(optimizer.step, device, max(5, repeats // 4) if slow else repeats, between)
         rows[name] = {"ms": time_ * 1e3}
         base = rows["SGD fused" if name in MOMENTUM_SGD else "AdamW fused"]
         ratio = rows[name]["ms"] / base["ms"]
@@ -184,6 +188,9 @@ def main() -> None:
     else:
         torch.set_num_threads(2)
         found["ten-million"] = compare(TEN_MILLION, device, options.repeats)
+        print("the same, with caches emptied before each step, as a training does")
+        other = torch.zeros(2**28)  # 1 GiB
+        found["ten-million-cold"] = compare(TEN_MILLION, device, options.repeats, other.sum)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 

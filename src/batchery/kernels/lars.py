@@ -177,12 +177,11 @@ def _fused_cpu(
     ]
     if first and buffers:
         torch._foreach_zero_(buffers)
-    rates = []
-    for x, g, *buffer in segments:
-        # BLAS reads memory several times faster than the CPU's norm reduction.
-        squares = torch.stack([torch.dot(x, x), torch.dot(g, g)])
-        rates.append(local_rates(squares[:, None], rule, lr))
-        scale = float(rates[-1] * lr if rule.lr_in_momentum else rates[-1])
+    # BLAS reads memory several times faster than the CPU's norm reduction.
+    squares = [torch.stack([torch.dot(s[k], s[k]) for s in segments]) for k in (0, 1)]
+    rates = local_rates(torch.stack(squares), rule, lr)
+    scales = rates * lr if rule.lr_in_momentum else rates
+    for (x, g, *buffer), scale in zip(segments, scales.tolist(), strict=True):
         outer = 1.0 if rule.lr_in_momentum else float(lr)
         weight = _buffer_weight(rule, first)
         decay, dampening = rule.weight_decay, 0.0
@@ -208,7 +207,7 @@ def _fused_cpu(
             is_first_step=False,
             found_inf=found_inf,
         )
-    return torch.cat(rates)
+    return rates
 
 
 def _ratios(

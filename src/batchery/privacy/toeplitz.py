@@ -6,6 +6,7 @@ The formulas and their sources are in `batchery.privacy.factorisation`.
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -304,7 +305,7 @@ class SquareRootNoise:
         self.rows.load(state["rows"])
 
 
-class IncrementNoise:
+class IncrementNoise(ABC):
     """B z as the running sum of y = C⁻¹ z; what banded and buffered noise share.
 
     Args:
@@ -320,8 +321,9 @@ class IncrementNoise:
         self.kept = place.zeros(kept)
         self.t = 0
 
+    @abstractmethod
     def _solve(self, z: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Return y = C⁻¹ z at the next row z."""
 
     def step(self) -> Tensor:
         """Return the noise of the next release; valid until the next call."""
