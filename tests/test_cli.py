@@ -67,6 +67,7 @@ def test_a_misspelt_slug_brings_the_nearest(capsys):
         ["study"],
         ["study", "lamb", "--all"],
         ["study", "lamb", "--scale", "huge"],
+        ["study", "lamb", "--device", "nonsense"],
         ["study", "lamb", "--seeds", "0"],
         ["study", "lamb", "--seeds", "many"],
         ["study", "nothing-like-it"],

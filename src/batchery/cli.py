@@ -153,7 +153,12 @@ def _study(options: argparse.Namespace) -> int:
     cards = load_cards() if options.all else [find_card(slug) for slug in options.slugs]
     stored = _results_folder(options.results)
     results = stored / ".check" if options.check else stored
-    device = torch.device(options.device) if options.device else None
+    device = None
+    if options.device:
+        try:
+            device = torch.device(options.device)
+        except RuntimeError as error:
+            raise ValueError(f"no device is called {options.device!r}; cpu or cuda:0?") from error
     finished, status = _run_all(cards, options.scale, device, options.seeds, results)
     for card in cards:
         forget_runs(results, card.slug, options.scale)
