@@ -253,9 +253,11 @@ def _draw(figure: Figure, result: dict[str, Any]) -> None:
             best = min(rates, key=lambda pair: pair[1])[0]
             points = [(lr / best, loss) for lr, loss in rates]
             basins.plot(*zip(*points, strict=True), "o-", color=f"C{color}", label=arm["name"])
-    curves.set(xscale="log", xlabel="batch", ylabel="held-out loss (nats)")
+    curves.set_xscale("log", base=2)
+    curves.set(xlabel="batch", ylabel="held-out loss (nats)")
     curves.legend()
-    basins.set(xscale="log", xlabel="learning rate over the best, largest batch")
+    basins.set_xscale("log", base=2)
+    basins.set_xlabel("learning rate over the best, largest batch")
 
 
 STUDY = Study(
