@@ -5,7 +5,8 @@ The update is stated in `batchery.optim.lars`; its arithmetic is here, once per 
 
     single    a loop over tensors, the reference that the others are tested against
     foreach   torch's multi-tensor operations
-    fused     CUDA: two Triton launches over all tensors (norms, then the step)
+    fused     CUDA: two Triton launches over all tensors (norms, then the step);
+              CPU: torch's fused SGD kernel makes the step in one pass after the norms
 
 The momentum variant takes the norm of the buffer after its update, so there the first launch
 updates the buffer and the second applies it. No form waits for the device or changes a gradient.
