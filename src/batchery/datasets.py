@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from batchery._core.state import atomic_write
+from batchery._core.state import atomic_write, cache_folder
 from batchery._core.validate import import_extra
 
 Parser = Callable[[Sequence[Path]], Any]
@@ -378,12 +378,6 @@ def load(name: str) -> Any:
 def fetch(name: str) -> list[Path]:
     """Make sure that a data set's files are here, and return their paths."""
     return _obtain(describe(name))[0]
-
-
-def cache_folder() -> Path:
-    """Return the folder for downloaded and decoded data."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "batchery"
 
 
 def is_here(name: str) -> bool:

@@ -5,11 +5,12 @@ import copy
 
 import pytest
 import torch
+from compiler import needs_compiler
 from torch import nn
 
 from batchery.optim import LARS
 
-FORMS = [{"foreach": False}, {"foreach": True}, {"fused": True}]
+FORMS = [{"foreach": False}, {"foreach": True}, needs_compiler({"fused": True})]
 FORM_IDS = ["single", "foreach", "fused"]
 
 

@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are whole or absent, and saved states that are refused when they do not fit."""
+"""Files that are whole or absent, where they may be kept, and saved states that do not fit."""
 
 import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be had again: downloads, decoded data, compiled kernels."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "batchery"
 
 
 def atomic_write(path: str | Path, write: bytes | Callable[[BinaryIO], object]) -> Path:

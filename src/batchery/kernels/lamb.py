@@ -5,9 +5,9 @@ The update is stated in `batchery.optim.lamb`; its arithmetic is here, once per 
 
     single    a loop over tensors, the reference that the others are tested against
     foreach   torch's multi-tensor operations; 13 passes over memory
-    fused     CUDA: two Triton launches over all tensors, 10 words of traffic per parameter (the
-              norm of the update needs all of it, so two passes are the fewest);
-              CPU: torch's fused Adam kernel makes moments and direction in one pass
+    fused     two passes over all tensors, by Triton on CUDA and by C on the CPU: 10 words of
+              traffic per parameter (the norm of the update needs all of it, so two passes are
+              the fewest)
 
 No form waits for the device or changes a gradient.
 """
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchery.kernels import native
 from batchery.kernels.multi_tensor import (
     BLOCK,
     WARPS,
@@ -85,7 +86,6 @@ def lamb_step_(
     found_inf: Tensor | None = None,
     reduce_norms: Reduce | None = None,
     table: ChunkTable | None = None,
-    scratch: Tensor | None = None,
 ) -> Tensor:
     """Update parameters and moments in place by one LAMB step.
 
@@ -99,21 +99,20 @@ def lamb_step_(
         lr: learning rate; a 0-d tensor is read on its device.
         impl: which form.
         grad_divisor: 0-d tensor that gradients are divided by (clipping, loss scale).
-        found_inf: 0-d tensor; where it is 1 nothing is updated. Fused forms only.
+        found_inf: 0-d tensor; where it is 1 nothing is updated. Fused form only.
         reduce_norms: given the squared norms `(2, segments)` of parameters and updates on this
             rank, returns their sum over the ranks that share the tensors.
-        table: chunk table of `params` for the fused CUDA form, built for `rule.blocks`.
-        scratch: memory for the fused CPU form, as long as the largest tensor.
+        table: chunk table of `params` for the fused form, built for `rule.blocks`.
 
     Returns:
         The trust ratio of each segment, `(n · blocks,)`, on the device.
     """
-    if impl == "fused" and params[0].is_cuda:
+    if impl == "fused":
         if table is None:
             table = ChunkTable(params, blocks=rule.blocks)
-        lists = (params, grads, exp_avgs, exp_avg_sqs, steps)
-        return fused_cuda(
-            lists,
+        fused = fused_cuda if params[0].is_cuda else _fused_cpu
+        return fused(
+            [params, grads, exp_avgs, exp_avg_sqs, steps],
             rule,
             lr,
             table,
@@ -121,10 +120,7 @@ def lamb_step_(
             found_inf=found_inf,
             reduce=reduce_norms,
         )
-    negate = rule.maximize and impl != "fused"
-    grads = prepared_grads(grads, exp_avgs[0].dtype, grad_divisor, negate)
-    if impl == "fused":
-        return _fused_cpu(params, grads, exp_avgs, exp_avg_sqs, steps, rule, lr, found_inf, scratch)
+    grads = prepared_grads(grads, exp_avgs[0].dtype, grad_divisor, rule.maximize)
     if impl == "foreach":
         directions = _directions_foreach(params, grads, exp_avgs, exp_avg_sqs, steps, rule)
     else:
@@ -158,7 +154,7 @@ def bias_corrections(step: Tensor, rule: LambRule) -> tuple[float | Tensor, floa
     if not rule.bias_correction:
         return 1.0, 1.0
     logs = [math.log(beta) if beta > 0 else -math.inf for beta in (rule.beta1, rule.beta2)]
-    if step.is_cpu:
+    if step.is_cpu and step.ndim == 0:
         first, second = (-math.expm1(step.item() * log) for log in logs)
         return first, second
     # expm1, because 1 - 0.999 in float32 has lost three digits
@@ -210,62 +206,6 @@ def _foreach_corrections(steps: list[Tensor], rule: LambRule) -> tuple[list[Any]
         return list(firsts), [second**0.5 for second in seconds]
     first, second = (torch.as_tensor(c) for c in bias_corrections(torch.stack(steps), rule))
     return list(first.unbind()), list(second.sqrt().unbind())
-
-
-def fused_cpu_supports(params: list[Tensor], exp_avgs: list[Tensor], rule: LambRule) -> bool:
-    """Say whether torch's fused Adam kernel on the CPU computes this rule's direction."""
-    same = all(x.dtype == m.dtype for x, m in zip(params, exp_avgs, strict=True))
-    floating = params[0].dtype in (torch.float32, torch.float64)
-    return same and floating and rule.bias_correction and rule.grad_averaging
-
-
-def _fused_cpu(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    rule: LambRule,
-    lr: float | Tensor,
-    found_inf: Tensor | None,
-    scratch: Tensor | None,
-) -> Tensor:
-    """Go segment by segment, so that a direction is used while it is still in the cache."""
-    segments = [
-        (*parts, step)
-        for *tensors, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
-        for parts in zip(*(segment_rows(t, rule.blocks) for t in tensors), strict=True)
-    ]
-    if scratch is None:
-        scratch = torch.empty(max(x.numel() for x in params), dtype=params[0].dtype)
-    ratios = []
-    for x, g, m, v, step in segments:
-        # Adam at learning rate 1, started from -λx, ends at -(m̂ / (sqrt(v̂) + eps) + λx).
-        negated = torch.mul(x, -rule.coupled_decay, out=scratch[: x.numel()])
-        torch._fused_adam_(
-            [negated],
-            [g],
-            [m],
-            [v],
-            [],
-            [step],
-            lr=1.0,
-            beta1=rule.beta1,
-            beta2=rule.beta2,
-            weight_decay=0.0,
-            eps=rule.eps,
-            amsgrad=False,
-            maximize=rule.maximize,
-            found_inf=found_inf,
-        )
-        # BLAS reads memory several times faster than the CPU's norm reduction.
-        squares = torch.stack([torch.dot(x, x), torch.dot(negated, negated)])
-        ratios.append(trust_ratios(squares[:, None], rule))
-        if found_inf is None or not found_inf:
-            if rule.decoupled and rule.weight_decay:
-                x.mul_(1 - lr * rule.weight_decay)
-            x.add_(negated, alpha=float(lr * ratios[-1]))
-    return torch.cat(ratios)
 
 
 def _ratios(
@@ -322,6 +262,50 @@ def _apply_foreach(
         torch._foreach_copy_(params, wide)
 
 
+def _fused_cpu(
+    lists: Sequence[list[Tensor]],
+    rule: LambRule,
+    lr: float | Tensor,
+    table: ChunkTable,
+    *,
+    grad_divisor: Tensor | None,
+    found_inf: Tensor | None,
+    reduce: Reduce | None,
+) -> Tensor:
+    """Step (params, grads, exp_avgs, exp_avg_sqs, steps) by the C kernels."""
+    *tensors, steps = lists
+    dtype = tensors[0][0].dtype
+    if found_inf is not None and found_inf:
+        return torch.ones(len(table.segments), dtype=dtype)
+    first, second = (
+        torch.as_tensor(c, dtype=torch.float64)
+        for c in bias_corrections(torch.stack(steps).double(), rule)
+    )
+    corrections = torch.stack([first, second.sqrt()], -1).to(dtype).expand(len(steps), 2)
+    common = (corrections.contiguous(), float(rule.eps), float(rule.coupled_decay))
+    partials = torch.empty(2, len(table.chunks), dtype=dtype)
+    scale = 1.0 if grad_divisor is None else 1.0 / float(grad_divisor)
+    native.call(
+        "lamb_moments",
+        table,
+        tensors,
+        *common,
+        partials,
+        float(rule.beta1),
+        float(rule.gain),
+        float(rule.beta2),
+        1.0 - rule.beta2,
+        -scale if rule.maximize else scale,
+    )
+    squares = table.segment_sums_of(partials)
+    if reduce is not None and rule.adapt:
+        squares = reduce(squares)
+    ratios = trust_ratios(squares, rule)
+    decay = rule.weight_decay if rule.decoupled else 0.0
+    native.call("lamb_apply", table, tensors, *common, ratios, float(lr), 1.0 - float(lr) * decay)
+    return ratios
+
+
 def fused_cuda(
     lists: Sequence[list[Tensor]],
     rule: LambRule,
@@ -362,7 +346,9 @@ def fused_cuda(
         **shared,
     )
     squares = table.segment_sums()
-    ratios = trust_ratios(squares if reduce is None else reduce(squares), rule)
+    if reduce is not None and rule.adapt:
+        squares = reduce(squares)
+    ratios = trust_ratios(squares, rule)
     decay = rule.weight_decay if rule.decoupled else 0.0
     _lamb_apply[grid](
         *common,

@@ -5,8 +5,7 @@ The update is stated in `batchery.optim.lars`; its arithmetic is here, once per 
 
     single    a loop over tensors, the reference that the others are tested against
     foreach   torch's multi-tensor operations
-    fused     CUDA: two Triton launches over all tensors (norms, then the step);
-              CPU: torch's fused SGD kernel makes the step in one pass after the norms
+    fused     two passes over all tensors, norms and step, by Triton on CUDA and by C on the CPU
 
 The momentum variant takes the norm of the buffer after its update, so there the first launch
 updates the buffer and the second applies it. No form waits for the device or changes a gradient.
@@ -19,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from batchery.kernels import native
 from batchery.kernels.multi_tensor import (
     BLOCK,
     WARPS,
@@ -73,7 +73,6 @@ def lars_step_(
     found_inf: Tensor | None = None,
     reduce_norms: Callable[[Tensor], Tensor] | None = None,
     table: ChunkTable | None = None,
-    scratch: Tensor | None = None,
 ) -> Tensor:
     """Update parameters and momentum buffers in place by one LARS step.
 
@@ -91,20 +90,16 @@ def lars_step_(
         reduce_norms: given the squared norms `(2, segments)` on this rank, returns their sum
             over the ranks that share the tensors.
         table: chunk table of `params` for the fused form, built for `rule.blocks`.
-        scratch: memory for the fused CPU form, as long as the largest tensor.
 
     Returns:
         The local learning-rate factor of each segment, `(n · blocks,)`, on the device.
     """
-    if impl == "fused" and params[0].is_cpu:
-        grads = prepared_grads(grads, params[0].dtype, grad_divisor, False)
-        return _fused_cpu(params, grads, momentum_buffers, rule, lr, first, found_inf, scratch)
     if impl == "fused":
         if table is None:
             table = ChunkTable(params, blocks=rule.blocks)
-        lists = (params, grads, momentum_buffers or params)
-        return fused_cuda(
-            lists,
+        fused = fused_cuda if params[0].is_cuda else _fused_cpu
+        return fused(
+            [params, grads, momentum_buffers or params],
             rule,
             lr,
             table,
@@ -145,70 +140,6 @@ def local_rates(squares: Tensor, rule: LarsRule, lr: float | Tensor) -> Tensor:
     rate = rule.trust_coefficient * weight / bottom + 0 * update
     rate = torch.where((weight == 0) | (update == 0), torch.ones_like(rate), rate)
     return (rate / lr).clamp(max=1.0) if rule.trust_clip else rate
-
-
-_PRECISE = 1e-5  # local rates below it would keep fewer than 11 digits in 1 - (1 - rate)
-
-
-def fused_cpu_supports(params: list[Tensor], rule: LarsRule) -> bool:
-    """Say whether torch's fused SGD kernel on the CPU makes this rule's step."""
-    return params[0].dtype in (torch.float32, torch.float64) and rule.variant == "grad"
-
-
-def _fused_cpu(
-    params: list[Tensor],
-    grads: list[Tensor],
-    buffers: list[Tensor],
-    rule: LarsRule,
-    lr: float | Tensor,
-    first: bool,
-    found_inf: Tensor | None,
-    scratch: Tensor | None,
-) -> Tensor:
-    """Go segment by segment by torch's SGD.
-
-    The local rate goes in as lr or as 1 - dampening, which costs nothing; a scaled copy of the
-    gradient is made where the look-ahead needs it, or where 1 - dampening would lose digits.
-    """
-    lists = (params, grads, buffers) if buffers else (params, grads)
-    segments = [
-        parts
-        for tensors in zip(*lists, strict=True)
-        for parts in zip(*(segment_rows(t, rule.blocks) for t in tensors), strict=True)
-    ]
-    if first and buffers:
-        torch._foreach_zero_(buffers)
-    # BLAS reads memory several times faster than the CPU's norm reduction.
-    squares = [torch.stack([torch.dot(s[k], s[k]) for s in segments]) for k in (0, 1)]
-    rates = local_rates(torch.stack(squares), rule, lr)
-    scales = rates * lr if rule.lr_in_momentum else rates
-    for (x, g, *buffer), scale in zip(segments, scales.tolist(), strict=True):
-        outer = 1.0 if rule.lr_in_momentum else float(lr)
-        weight = _buffer_weight(rule, first)
-        decay, dampening = rule.weight_decay, 0.0
-        if not buffer:
-            outer *= scale
-        elif rule.nesterov or scale < _PRECISE:
-            if scratch is None:
-                scratch = torch.empty(max(x.numel() for x in params), dtype=params[0].dtype)
-            g, decay = torch.mul(g, scale, out=scratch[: g.numel()]), decay * scale
-            dampening = 1.0 - weight
-        else:
-            dampening = 1.0 - scale * weight
-        torch._fused_sgd_(
-            [x],
-            [g],
-            buffer,
-            weight_decay=decay,
-            momentum=rule.momentum,
-            lr=outer,
-            dampening=dampening,
-            nesterov=rule.nesterov,
-            maximize=rule.maximize,
-            is_first_step=False,
-            found_inf=found_inf,
-        )
-    return rates
 
 
 def _ratios(
@@ -297,6 +228,46 @@ def _apply_foreach(
         torch._foreach_sub_(params, torch._foreach_mul(moves, lr.to(moves[0].dtype)))
     else:
         torch._foreach_sub_(params, moves, alpha=lr)
+
+
+def _fused_cpu(
+    lists: Sequence[list[Tensor]],
+    rule: LarsRule,
+    lr: float | Tensor,
+    table: ChunkTable,
+    *,
+    first: bool,
+    grad_divisor: Tensor | None,
+    found_inf: Tensor | None,
+    reduce: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """Step (params, grads, momentum buffers) by the C kernels."""
+    dtype = lists[0][0].dtype
+    if found_inf is not None and found_inf:
+        return torch.ones(len(table.segments), dtype=dtype)
+    average = rule.variant == "momentum" and rule.adapt
+    scale = 1.0 if grad_divisor is None else 1.0 / float(grad_divisor)
+    scale = -scale if rule.maximize else scale
+    decay, old = float(rule.weight_decay), 0.0 if first else float(rule.momentum)
+    ratios = torch.ones(len(table.segments), dtype=dtype)
+    if rule.adapt:
+        partials = torch.empty(2, len(table.chunks), dtype=dtype)
+        counted = 0.0 if rule.variant == "grad" else decay
+        new = 1.0 - rule.momentum
+        native.call("lars_norms", table, lists, partials, scale, counted, old, new, int(average))
+        squares = table.segment_sums_of(partials)
+        ratios = local_rates(squares if reduce is None else reduce(squares), rule, lr)
+    if average:
+        native.call("lars_apply_average", table, lists, ratios, float(lr))
+        return ratios
+    new = _buffer_weight(rule, first)
+    inner, outer = (float(lr), 1.0) if rule.lr_in_momentum else (1.0, float(lr))
+    direct, held = 1.0, 0.0
+    if rule.momentum:
+        direct, held = (1.0, float(rule.momentum)) if rule.nesterov else (0.0, 1.0)
+    tail = (scale, decay, old, new, inner, outer, direct, held)
+    native.call("lars_apply", table, lists, ratios, *tail)
+    return ratios
 
 
 def fused_cuda(

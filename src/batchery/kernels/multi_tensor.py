@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """One kernel launch over a list of tensors of any sizes: the chunk table.
 
-A kernel over many tensors gives each program one chunk: a run of elements of one tensor, never
-across a block border. A device table says which tensor a chunk belongs to and where it begins and
-ends; a second table holds the addresses. Chunks of the same segment (a tensor, or one of the equal
-blocks along dimension 0 that an optimizer treats alone) are neighbours, so a per-segment sum is a
-fixed-order sum of the chunks' partial sums: no float atomics, the same bits in every run.
+A kernel over many tensors gives each program (or turn of its loop) one chunk: a run of elements of
+one tensor, never across a block border. A table on the device says which tensor a chunk belongs to
+and where it begins and ends; a second table holds the addresses. Chunks of the same segment (a
+tensor, or one of the equal blocks along dimension 0 that an optimizer treats alone) are neighbours,
+so a per-segment sum is a fixed-order sum of the chunks' partial sums: no float atomics, the same
+bits in every run.
 
 The layout is built once. Addresses are compared at every step (gradients move when they are set to
 None between steps) and sent again, in one asynchronous copy, only when one has changed.
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from batchery._core.validate import require
+from batchery.kernels import native
 
 try:
     import triton
@@ -35,6 +37,7 @@ __all__ = [
     "chunk_load",
     "chunk_pointer",
     "chunk_store",
+    "fused_ready",
     "prepared_grads",
     "require_fused",
     "segment_rows",
@@ -132,26 +135,40 @@ class ChunkTable:
         )
         return sums
 
+    def segment_sums_of(self, partials: Tensor) -> Tensor:
+        """Torch form of `segment_sums`, for partial sums `(2, chunks)` of any dtype."""
+        sums = partials.new_zeros(2, len(self.segments), dtype=torch.float64)
+        sums.index_add_(1, self.chunks[:, 1], partials.double())
+        return sums.to(partials.dtype)
 
-def segment_sums_reference(table: ChunkTable) -> Tensor:
-    """Torch form of `ChunkTable.segment_sums`."""
-    parts = [table.partials[:, a:b].sum(1) for a, b in table.segments.tolist()]
-    return torch.stack(parts, 1)
+
+def fused_ready(tensors: Sequence[Tensor]) -> bool:
+    """Say whether the kernels can run on all of these tensors in one call.
+
+    Triton's take any mix of `FUSED_DTYPES` on CUDA; those for the CPU take one dtype.
+    """
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        return False
+    if tensors[0].is_cpu:
+        return len({x.dtype for x in tensors}) == 1 and native.native_ready(tensors[0].dtype)
+    return all(triton_ready(tensor) for tensor in tensors)
 
 
 def require_fused(owner: str, tensors: Sequence[Tensor]) -> None:
-    """Raise unless a Triton kernel can run on all of these tensors.
+    """Raise unless the kernels can run on all of these tensors in one call.
 
     Raises:
-        RuntimeError: names the device and dtype for which there is no kernel.
+        RuntimeError: names the device and dtypes for which there is no kernel.
         ValueError: a tensor is not contiguous.
     """
     for tensor in tensors:
-        if not triton_ready(tensor):
-            what = "Triton is not installed" if triton is None else "no fused kernel"
-            raise RuntimeError(f"{owner}: {what} for {tensor.dtype} on {tensor.device}")
         shape = tuple(tensor.shape)
         require(tensor.is_contiguous(), owner, "tensors", "must be contiguous to be fused", shape)
+    if not fused_ready(tensors):
+        dtypes = ", ".join(sorted({str(tensor.dtype) for tensor in tensors}))
+        lacks = tensors[0].is_cuda and triton is None
+        what = "Triton is not installed" if lacks else "no fused kernel"
+        raise RuntimeError(f"{owner}: {what} for {dtypes} on {tensors[0].device}")
 
 
 def prepared_grads(

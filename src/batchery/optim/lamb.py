@@ -35,8 +35,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from batchery._core.validate import number, require
-from batchery.kernels.lamb import LambRule, fused_cpu_supports, lamb_step_
-from batchery.optim.layerwise import Bucket, LayerwiseOptimizer
+from batchery.kernels.lamb import LambRule, lamb_step_
+from batchery.optim.layerwise import LayerwiseOptimizer
 
 
 class LAMB(LayerwiseOptimizer):
@@ -63,7 +63,7 @@ class LAMB(LayerwiseOptimizer):
         state_dtype: dtype of the moments; by default the parameter's, at least float32.
         maximize: ascend.
         foreach: use torch's multi-tensor operations; None chooses the fastest form there is.
-        fused: use the fused kernels (Triton on CUDA, torch's fused Adam on the CPU).
+        fused: use the fused kernels (Triton on CUDA; C on the CPU, compiled on first use).
         capturable: keep step counters on the device, for CUDA graphs without `fused`.
 
     Raises:
@@ -160,14 +160,6 @@ class LAMB(LayerwiseOptimizer):
             maximize=group["maximize"],
         )
 
-    def supports_fused_cpu(self, bucket: Bucket) -> bool:
-        """Say whether torch's fused Adam kernel can make the moments."""
-        return fused_cpu_supports(bucket.local, bucket.states["exp_avg"], self.rule(bucket.group))
-
-    def plan_key(self, group: dict[str, Any]) -> object:
-        """Return the settings that decide whether the CPU has a fused form."""
-        return group["bias_correction"], group["grad_averaging"]
-
     def init_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
         """Make a parameter's step counter and moments when it has none."""
         state = self.state[parameter]
@@ -203,7 +195,6 @@ class LAMB(LayerwiseOptimizer):
                 found_inf=found_inf,
                 reduce_norms=bucket.reduce,
                 table=bucket.table,
-                scratch=bucket.scratch,
             )
             if found_inf is not None:
                 torch._foreach_sub_(steps, [found_inf.to(steps[0].device)] * len(steps))

@@ -32,8 +32,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from batchery._core.validate import number, one_of, require
-from batchery.kernels.lars import LarsRule, fused_cpu_supports, lars_step_
-from batchery.optim.layerwise import Bucket, LayerwiseOptimizer
+from batchery.kernels.lars import LarsRule, lars_step_
+from batchery.optim.layerwise import LayerwiseOptimizer
 
 
 class LARS(LayerwiseOptimizer):
@@ -57,7 +57,7 @@ class LARS(LayerwiseOptimizer):
         blocks: cut dimension 0 into this many equal parts, each with its own rate.
         maximize: ascend.
         foreach: use torch's multi-tensor operations; None chooses the fastest form there is.
-        fused: use the fused Triton kernels (CUDA).
+        fused: use the fused kernels (Triton on CUDA; C on the CPU, compiled on first use).
         capturable: accepted for symmetry with torch.optim; LARS has no step counter.
 
     Raises:
@@ -147,12 +147,8 @@ class LARS(LayerwiseOptimizer):
             maximize=group["maximize"],
         )
 
-    def supports_fused_cpu(self, bucket: Bucket) -> bool:
-        """Say whether torch's fused SGD kernel can make the step."""
-        return fused_cpu_supports(bucket.local, self.rule(bucket.group))
-
     def plan_key(self, group: dict[str, Any]) -> object:
-        """Return the settings that decide whether there is a buffer, and the form on the CPU."""
+        """Return the settings that decide whether there is a buffer."""
         return group["momentum"], group["variant"], self.adapts(group)
 
     def init_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
@@ -193,7 +189,6 @@ class LARS(LayerwiseOptimizer):
                 found_inf=found_inf,
                 reduce_norms=bucket.reduce,
                 table=bucket.table,
-                scratch=bucket.scratch,
             )
         return loss
 

@@ -20,7 +20,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from batchery._core.dist import all_reduce_sum_
 from batchery._core.validate import integer, number, one_of, require, require_type
-from batchery.kernels.multi_tensor import ChunkTable, Impl, require_fused, triton_ready
+from batchery.kernels.multi_tensor import ChunkTable, Impl, fused_ready, require_fused
 
 NORMS: tuple[type[nn.Module], ...] = (
     nn.LayerNorm,
@@ -138,8 +138,7 @@ class Bucket:
     states: dict[str, list[Tensor]]  # this rank's part of each state, by name
     reduce: Callable[[Tensor], Tensor] | None
     impl: Impl
-    table: ChunkTable | None  # for the fused form on CUDA
-    scratch: Tensor | None  # for the fused form on the CPU: fresh memory costs page faults
+    table: ChunkTable | None  # for the fused form
     local: list[Tensor]  # this rank's part of each parameter
     grads: list[Tensor]  # this rank's part of each gradient of this step
     sharded: bool
@@ -186,10 +185,6 @@ class LayerwiseOptimizer(Optimizer, ABC):
     @abstractmethod
     def check_group(self, group: dict[str, Any]) -> None:
         """Raise when a group's settings make no sense."""
-
-    @abstractmethod
-    def supports_fused_cpu(self, bucket: Bucket) -> bool:
-        """Say whether there is a fused form for these parameters on the CPU."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its settings are checked like the constructor's."""
@@ -296,17 +291,13 @@ class LayerwiseOptimizer(Optimizer, ABC):
                 reduce=_reduction(params[0]),
                 impl="single",
                 table=None,
-                scratch=None,
                 local=[_local(p) for p in params],
                 grads=[_local_grad(p) for p in params],
                 sharded=isinstance(params[0], DTensor),
             )
             bucket.impl = self._form(bucket)
-            if bucket.impl == "fused" and bucket.local[0].is_cuda:
+            if bucket.impl == "fused":
                 bucket.table = ChunkTable(bucket.local, blocks=group["blocks"])
-            elif bucket.impl == "fused":
-                longest = max(x.numel() for x in bucket.local)
-                bucket.scratch = torch.empty(longest, dtype=bucket.local[0].dtype)
             buckets.append(bucket)
         return buckets
 
@@ -317,22 +308,14 @@ class LayerwiseOptimizer(Optimizer, ABC):
     def _form(self, bucket: Bucket) -> Impl:
         """Choose the form of the step; what was asked for and is not there is an error."""
         group, owner = bucket.group, type(self).__name__
-        on_cpu = bucket.local[0].is_cpu
-        states = [tensor for tensors in bucket.states.values() for tensor in tensors]
+        states = [x for key, tensors in bucket.states.items() if key != "step" for x in tensors]
         tensors = [*bucket.local, *bucket.grads, *states]
-        dense = all(tensor.is_contiguous() for tensor in tensors)
-        alone = bucket.reduce is None
-        fused_cpu = on_cpu and dense and alone and self.supports_fused_cpu(bucket)
         if group["fused"]:
-            if not fused_cpu:
-                require_fused(owner, tensors)
+            require_fused(owner, tensors)
             return "fused"
         if group["foreach"] is not None or group["fused"] is False:
             return "single" if group["foreach"] is False else "foreach"
-        if on_cpu:
-            return "fused" if fused_cpu else "foreach"
-        ready = dense and all(triton_ready(tensor) for tensor in tensors)
-        return "fused" if ready else "foreach"
+        return "fused" if fused_ready(tensors) else "foreach"
 
     def init_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
         """Make a parameter's state when it has none."""

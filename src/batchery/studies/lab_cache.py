@@ -17,7 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from batchery.datasets import cache_folder, file_digest
+from batchery._core.state import cache_folder
+from batchery.datasets import file_digest
 
 _MANIFEST = "manifest.json"
 
