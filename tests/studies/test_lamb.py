@@ -22,7 +22,7 @@ def test_the_gpu_path_runs_at_toy_size(monkeypatch):
     """The Llama arms on the CPU: every metric, micro-batches included, and a run that diverges."""
     model = LabSize("toy", 16, 1, 1, 1, context=8, vocabulary=257)
     stream = torch.arange(2_000) * 7 % 251
-    monkeypatch.setitem(lamb.SIZES, "gpu", Size(model, 64, (4, 16), 1, (64, 512)))
+    monkeypatch.setitem(lamb.SIZES, "gpu", Size(model, 64, (4, 16), 1 / 80, 1, (64, 512)))
     monkeypatch.setattr(lamb, "_tokens", lambda device: (stream, stream))
     monkeypatch.setattr(lamb, "MICRO_BATCH", 8)
     prepared = {arm: {"base": {"lr": [1e-3]}, "large": {"lr": [2e-3]}} for arm in STUDY.arms}

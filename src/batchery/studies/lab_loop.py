@@ -153,6 +153,7 @@ def train(
     micro_batch: int = 64,
     max_grad_norm: float | None = 1.0,
     graphs: Graphs | None = None,
+    fuse: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Tensor:
     """Train for some steps; calls that share the iterator add up to one longer call.
@@ -166,6 +167,7 @@ def train(
         micro_batch: examples that go through the model at once; gradients add up.
         max_grad_norm: clip the global norm of the gradients to this.
         graphs: what earlier calls with this model captured on CUDA; filled and used again.
+        fuse: compile the pass before it is captured; see `graphs.captured`.
         progress: called with the number of updates made and `steps`.
 
     Returns:
@@ -183,7 +185,7 @@ def train(
         optimizer.zero_grad(set_to_none=not several)
         for part in parts:
             if part.shape not in losses_of:
-                losses_of[part.shape] = captured(model, token_losses, part)
+                losses_of[part.shape] = captured(model, token_losses, part, fuse=fuse)
             if several and parameters[0].grad is None:  # see `captured`
                 for parameter in parameters:
                     parameter.grad = torch.zeros_like(parameter)
