@@ -291,7 +291,7 @@ STUDY = Study(
         "not judged, then scaled by the square root of the batch (text) or linearly (digits), with "
         "linear-epoch warm-up and linear decay; 'retuned' repeats the walk at the largest batch. "
         "Text: Python's standard-library source, a tenth held out; a perceptron over 12 characters "
-        "(cpu), or a Llama of 35 M parameters over 64 tokens, without gradient clipping (gpu). "
+        "(cpu), or a Llama of 37 M parameters over 64 tokens, without gradient clipping (gpu). "
         "Digits: a small network with batch normalisation. Decay and adaptation leave out biases "
         "and norms for every optimizer."
     ),
