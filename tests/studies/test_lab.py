@@ -19,6 +19,7 @@ pytest.importorskip("transformers")
 from batchery import datasets
 from batchery.studies import lab, lab_cache, lab_loop, lab_text
 from batchery.studies.lab import SIZES, LabSize, batches, new_model, split_corpus, token_losses
+from batchery.studies.lab_loop import causal_attention
 
 TEXT = Path(argparse.__file__).read_text("utf-8")
 TINY = LabSize("tiny", 32, 2, 4, 2, context=32, batch=8, steps=110, lr=2e-2, vocabulary=400)
@@ -249,6 +250,17 @@ def test_token_losses_are_the_cross_entropy_of_the_whole_logits(pieces, monkeypa
     (expected.mean() + expected[0, 0]).backward()
     for p, q in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_causal_attention_is_what_the_mask_gives_and_ends_with_its_context():
+    model, rows = new_model(TINY).double(), torch.randint(257, (3, 9))
+    wanted = token_losses(model, rows)
+    before = model.config._attn_implementation
+    with causal_attention(model):
+        assert model.config._attn_implementation != before
+        found = token_losses(model, rows)
+    assert model.config._attn_implementation == before
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_token_losses_are_at_least_float32(text):

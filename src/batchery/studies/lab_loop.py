@@ -9,17 +9,19 @@ use these pieces with models of their own.
 
 import itertools
 from collections.abc import Callable, Iterator
-from functools import partial
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.checkpoint import checkpoint
 
 from batchery._core.random import new_generator
-from batchery._core.validate import integer, require
+from batchery._core.validate import import_extra, integer, require
 from batchery.studies.graphs import captured
 
 Progress = Callable[[int, int], None]
@@ -107,6 +109,43 @@ def token_losses(model: Any, rows: Tensor) -> Tensor:
     return torch.cat(losses).view_as(targets)
 
 
+@contextmanager
+def causal_attention(model: Any) -> Iterator[None]:
+    """Let a model's attention know by itself that it is causal, and leave cuDNN out of it.
+
+    While a CUDA graph is captured transformers makes a mask, and cuDNN's kernels with one gave NaN
+    in bfloat16 where plain arithmetic and the other kernels stayed finite (torch 2.11, H100).
+    Right for whole sequences without padding, so for training only.
+    """
+    before = model.config._attn_implementation
+    model.config._attn_implementation = _registered()
+    try:
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+            yield
+    finally:
+        model.config._attn_implementation = before
+
+
+@cache
+def _registered() -> str:
+    """Make causal attention known to transformers, and return its name there."""
+    transformers = import_extra("transformers", "hf", "lab.train")
+    name = "batchery_causal"
+
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, **kinds: Any
+    ) -> tuple[Tensor, None]:
+        scale = kinds.get("scaling")
+        found = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=True
+        )
+        return found.transpose(1, 2).contiguous(), None
+
+    transformers.AttentionInterface.register(name, attend)
+    transformers.AttentionMaskInterface.register(name, lambda *_, **__: None)
+    return name
+
+
 @torch.no_grad()
 def position_losses(
     model: Any, tokens: Tensor, context: int, *, windows: int = 256, micro_batch: int = 32
@@ -185,7 +224,8 @@ def train(
         optimizer.zero_grad(set_to_none=not several)
         for part in parts:
             if part.shape not in losses_of:
-                losses_of[part.shape] = captured(model, token_losses, part, fuse=fuse)
+                with causal_attention(model):
+                    losses_of[part.shape] = captured(model, token_losses, part, fuse=fuse)
             if several and parameters[0].grad is None:  # see `captured`
                 for parameter in parameters:
                     parameter.grad = torch.zeros_like(parameter)

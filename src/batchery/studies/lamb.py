@@ -121,8 +121,15 @@ def _train_text(arm: str, lr: float, batch: int, seed: int, trial: Trial) -> flo
         tokens, held_out = _tokens(trial.device)
         llama = copy.deepcopy(_llama(size.model, seed, trial.device))
         rows = lab.batches(tokens, batch, context, seed)
-        kinds = {"micro_batch": MICRO_BATCH, "max_grad_norm": None, "fuse": True}
-        lab.train(llama, rows, *wire(llama), steps, **kinds)
+        lab.train(
+            llama,
+            rows,
+            *wire(llama),
+            steps,
+            micro_batch=MICRO_BATCH,
+            max_grad_norm=None,
+            fuse=True,
+        )
         final = lab.held_out_loss(llama, held_out, context)
     else:
         perceptron = CharPerceptron(*size.model, seed)
