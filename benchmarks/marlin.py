@@ -57,74 +57,73 @@ def candidates(batch: int) -> list[Any]:
     from batchery.kernels.w4a16_tiles import Tile
 
     def tiles(width: int, *rest: tuple[Any, ...]) -> list[Tile]:
-        names = ("rows", "warps", "step", "stages", "scale_weights", "ahead", "carry")
+        names = ("rows", "warps", "step", "stages", "scale_weights")
         return [Tile(width, **dict(zip(names, entry, strict=True))) for entry in rest]
 
     few = tiles(
         16,
-        (64, 4, 64, 3, False, 0, True),
-        (64, 4, 64, 4, False, 0, True),
-        (64, 4, 64, 5, False, 0, True),
-        (64, 4, 64, 4, False, 0, False),
-        (64, 4, 64, 3, False, 6, True),
-        (64, 4, 64, 4, False, 10, True),
-        (128, 4, 64, 3, False, 0, True),
-        (128, 4, 64, 4, False, 0, True),
-        (128, 4, 64, 3, False, 6, True),
-        (128, 8, 64, 3, False, 0, True),
-        (128, 8, 64, 4, False, 0, True),
-        (256, 8, 64, 3, False, 0, True),
+        (64, 4, 64, 3, False),
+        (64, 4, 64, 4, False),
+        (64, 4, 64, 5, False),
+        (128, 4, 64, 3, False),
+        (128, 4, 64, 4, False),
+        (128, 8, 64, 4, False),
     )
     if batch <= 8:
         few += tiles(
             8,
-            (64, 4, 64, 4, False, 0, True),
-            (64, 4, 64, 6, False, 0, True),
-            (64, 4, 64, 3, False, 6, True),
-            (128, 4, 64, 4, False, 0, True),
-            (128, 8, 64, 4, False, 0, True),
+            (64, 4, 64, 4, False),
+            (64, 4, 64, 6, False),
+            (128, 4, 64, 4, False),
+            (128, 4, 64, 3, False),
+            (128, 8, 64, 4, False),
         )
     by_batch = {
         32: tiles(
             32,
-            (64, 4, 64, 3, False, 0, True),
-            (64, 4, 64, 4, False, 0, True),
-            (64, 4, 64, 3, False, 6, True),
-            (64, 4, 32, 4, False, 0, True),
-            (128, 8, 64, 3, False, 0, True),
-            (128, 8, 64, 4, False, 0, True),
-            (128, 8, 64, 3, False, 6, True),
-            (128, 4, 32, 4, False, 0, True),
-            (128, 4, 32, 4, True, 6, False),
-            (256, 8, 32, 4, False, 0, True),
-            (256, 8, 32, 4, True, 6, False),
+            (64, 4, 64, 3, False),
+            (64, 4, 64, 4, False),
+            (64, 4, 32, 5, False),
+            (64, 4, 32, 4, True),
+            (128, 4, 32, 4, True),
+            (128, 8, 64, 3, False),
+            (128, 8, 64, 4, False),
+            (128, 8, 32, 4, True),
         ),
         64: tiles(
             64,
-            (64, 4, 64, 3, False, 0, True),
-            (128, 8, 64, 3, False, 0, True),
-            (128, 8, 64, 3, False, 6, True),
-            (128, 8, 32, 4, False, 0, True),
-            (128, 4, 32, 4, True, 0, False),
-            (128, 4, 32, 4, True, 6, False),
-            (128, 8, 64, 3, True, 6, False),
-            (128, 8, 32, 4, True, 0, False),
-            (128, 8, 32, 4, True, 6, False),
-            (256, 8, 32, 4, True, 0, False),
-            (256, 8, 32, 4, True, 6, False),
-            (256, 8, 64, 3, True, 6, False),
+            (64, 4, 64, 3, False),
+            (64, 4, 32, 4, True),
+            (64, 4, 32, 5, True),
+            (64, 4, 64, 3, True),
+            (128, 4, 32, 4, True),
+            (128, 8, 32, 3, True),
+            (128, 8, 32, 4, True),
+            (128, 8, 32, 5, True),
+            (128, 8, 64, 3, True),
+            (256, 8, 32, 4, True),
         ),
         128: tiles(
             128,
-            (128, 4, 32, 3, True, 6, False),
-            (128, 8, 32, 3, True, 0, False),
-            (128, 8, 32, 3, True, 6, False),
-            (128, 8, 32, 4, True, 6, False),
-            (256, 8, 32, 3, True, 0, False),
-            (256, 8, 32, 4, True, 0, False),
-            (256, 8, 32, 3, True, 4, False),
+            (64, 4, 32, 3, True),
+            (64, 4, 32, 4, True),
+            (64, 4, 16, 4, True),
+            (128, 4, 16, 4, True),
+            (128, 4, 32, 3, True),
+            (128, 8, 16, 4, True),
+            (128, 8, 32, 3, True),
+            (128, 8, 32, 2, True),
+            (256, 8, 16, 4, True),
         ),
-        256: tiles(256, (128, 8, 32, 2, True, 0, False), (128, 8, 32, 3, True, 0, False)),
+        256: tiles(
+            256,
+            (64, 4, 16, 3, True),
+            (64, 4, 16, 4, True),
+            (64, 4, 32, 2, True),
+            (128, 8, 16, 4, True),
+            (128, 8, 32, 2, True),
+            (128, 8, 32, 3, True),
+        ),
     }
     if batch <= 16:
         return few
@@ -277,11 +276,11 @@ def measure(
         weights.append(dataclasses.replace(first, **fresh))
     few = torch.arange(0, n, max(1, n // 256), device=device)
     w = dequantize_w4(first, torch.float32)[few] if n * k < 2**28 else None
-    steps = first.words.shape[1]
+    _, blocks, _, lanes = first.words.shape
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     for m in BATCHES:
         x = torch.randn(m, k, device=device, dtype=torch.half)
-        planned = plan(m, first.rows, steps, processors, False)
+        planned = plan(m, first.rows, blocks, lanes, processors, False)
         row: dict[str, Any] = {"shape": name, "m": m, "plan": [str(planned[0]), planned[1]]}
         row["bytes"] = first.nbytes + 2 * m * (n + k)
         if w is not None:
@@ -295,7 +294,7 @@ def measure(
             count = first.rows // tile.rows * -(-m // tile.batch)
             for split in SPLITS:
                 # a fourth round of programs gains nothing, and a split needs its turns
-                if split > 1 and (count * split > 16 * processors or split > steps):
+                if split > 1 and (count * split > 16 * processors or split > blocks):
                     continue
                 calls = [functools.partial(launch, x, v, tile, split) for v in weights]
                 row["swept"].append([str(tile), split, microseconds(calls)])
@@ -319,7 +318,7 @@ def long_batches(device: torch.device) -> list[dict[str, Any]]:
                 [lambda x=x, v=weight: F.linear(x, dequantize_tiles(v, torch.half))]
             )
             for tile in candidates(256):
-                if tile.scale_weights and tile.ahead == 0:
+                if tile.scale_weights:
                     name_ = f"{tile.batch}x{tile.rows} w{tile.warps} s{tile.stages}"
                     row[name_] = microseconds([functools.partial(launch, x, weight, tile)])
             rows.append(row)
@@ -370,9 +369,8 @@ def eager_microseconds(device: torch.device) -> float:
 def short(text: str) -> str:
     """Shorten `Tile(batch=16, rows=64, …)`."""
     values = re.findall(r"=(\w+)", text)
-    batch, rows, step, warps, stages, scale, ahead, carry = values
-    flags = ("S" if scale == "True" else "") + ("c" if carry == "True" else "") + f"a{ahead}"
-    return f"{batch}x{rows}.{step} w{warps} s{stages} {flags}"
+    batch, rows, step, warps, stages, scale = values
+    return f"{batch}x{rows}.{step} w{warps} s{stages}" + " S" * (scale == "True")
 
 
 def report(found: dict[str, Any]) -> None:

@@ -41,16 +41,17 @@ NATIVE_BATCH = 128  # rows up to which torch's four-bit matmul on the CPU beats 
 INVARIANT_BATCH = 64
 MOST_BATCH = 1024  # rows above which a dense product of dequantised weights is faster
 
-# The tile for batches of at most so many rows, and the programs of it that a processor holds.
-# Chosen by registers and spills of the compiled code; `benchmarks/marlin.py --sweep` measures them.
-TILES: tuple[tuple[int, Tile, int], ...] = (
-    (16, Tile(16, 64, stages=4), 3),
-    (32, Tile(32, 64, stages=3), 3),
-    (64, Tile(64, 128, warps=8, stages=3), 1),
-    (128, Tile(128, 256, step=32, warps=8, stages=3, scale_weights=True, carry=False), 1),
-    (MOST_BATCH, Tile(256, 128, step=32, warps=8, stages=3, scale_weights=True, carry=False), 1),
+# For batches of at most so many rows: the tile, the programs of it that a processor runs side by
+# side, and the loop turns that a program loses at its ends. The fastest of a sweep on an H100.
+TILES: tuple[tuple[int, Tile, int, int], ...] = (
+    (8, Tile(8, 128, stages=3), 2, 2),
+    (16, Tile(16, 64, stages=3), 4, 1),
+    (32, Tile(32, 128, warps=8, stages=3), 2, 2),
+    (64, Tile(64, 128, step=32, warps=8, stages=3, scale_weights=True), 2, 4),
+    (128, Tile(128, 128, step=32, warps=8, stages=3, scale_weights=True), 2, 4),
+    (MOST_BATCH, Tile(128, 128, step=32, warps=8, stages=3, scale_weights=True), 1, 6),
 )
-FILL = 3  # loop turns that a program loses at its start and end
+INVARIANT = (2, 3)
 MOST_SPLIT = 16
 
 
@@ -141,7 +142,9 @@ def _join(y: Tensor) -> Tensor:
     return F.silu(y[:, 0::2]) * y[:, 1::2]
 
 
-def plan(batch: int, rows: int, steps: int, processors: int, invariant: bool) -> tuple[Tile, int]:
+def plan(
+    batch: int, rows: int, blocks: int, lanes: int, processors: int, invariant: bool
+) -> tuple[Tile, int]:
     """Choose the tile, and the parts that columns are split in.
 
     Parts are taken so that the last round of programs is full, where that is worth the turns that
@@ -150,20 +153,21 @@ def plan(batch: int, rows: int, steps: int, processors: int, invariant: bool) ->
     Args:
         batch: rows of x.
         rows: rows of W, with padding.
-        steps: blocks of columns.
+        blocks: blocks of columns.
+        lanes: words of a row in a block.
         processors: of the device.
         invariant: let nothing depend on `batch` but the tile's width.
     """
-    fitting = [(most, tile, held) for most, tile, held in TILES if rows % tile.rows == 0]
-    _, tile, held = next((entry for entry in fitting if batch <= entry[0]), fitting[-1])
+    _, tile, held, lost = next((entry for entry in TILES if batch <= entry[0]), TILES[-1])
     if invariant:
         width = max(16, min(INVARIANT_BATCH, triton.next_power_of_2(batch)))
-        tile, held, batch = Tile(width, 64, stages=3), 2, 1
+        tile, (held, lost), batch = Tile(width, 64, stages=3), INVARIANT, 1
     tiles = rows // tile.rows * -(-batch // tile.batch)
+    steps = blocks * lanes // min(tile.step, lanes)
     places = processors * held
 
     def turns(split: int) -> int:
-        return -(-tiles * split // places) * (-(-steps // split) + FILL)
+        return -(-tiles * split // places) * (-(-steps // split) + lost)
 
     return tile, min(range(1, min(steps, MOST_SPLIT) + 1), key=turns)
 
@@ -195,7 +199,7 @@ def _by_kernel(
     x: Tensor, weight: PackedW4, bias: Tensor | None, out: Tensor | None, invariant: bool
 ) -> Tensor:
     """Run the kernels on x `(M, K)`."""
-    n, steps = weight.shape[0], weight.words.shape[1]
+    n, (_, blocks, _, lanes) = weight.shape[0], weight.words.shape
     shape = (len(x), n // 2 if weight.gated else n)
     out = x.new_empty(shape) if out is None else out.view(shape)
     if len(x) > MOST_BATCH and not invariant:
@@ -205,7 +209,7 @@ def _by_kernel(
     parts = INVARIANT_BATCH if invariant else max(1, len(x))
     for begin in range(0, len(x), parts):
         part = x[begin : begin + parts]
-        tile, split = plan(len(part), weight.rows, steps, _processors(x.device), invariant)
+        tile, split = plan(len(part), weight.rows, blocks, lanes, _processors(x.device), invariant)
         launch(part, weight, tile, split, bias=bias, out=out[begin : begin + parts])
     return out
 

@@ -42,7 +42,7 @@ __all__ = [
 CHUNK = 64  # rows of a chunk: what one warp group multiplies at once
 NIBBLES = 4  # in a word
 GROUPS = (32, 64, 128, 256)
-WIDEST = 256  # rows of the widest output tile
+WIDEST = 128  # rows of the widest output tile
 NATIVE_ROWS = 16  # torch's four-bit matmul on the CPU takes whole blocks of rows
 COUNTERS = 1024  # at least so many output tiles can be split, however small the weight
 
@@ -125,7 +125,7 @@ def pack_w4(
     if gated:
         q, scales = weave(q), weave(scales)
         zeros = None if zeros is None else weave(zeros)
-    rows = _padded(n, WIDEST if n > 4 * WIDEST else CHUNK)
+    rows = _padded(n, WIDEST)
     block = NIBBLES * lane_columns(size, k)
     count = _padded(k, block) // size if groups > 1 else 1
     return PackedW4(

@@ -32,8 +32,6 @@ class Tile:
         warps: 4 or 8.
         stages: depth of the pipeline.
         scale_weights: multiply the weights by the scales, not the sums.
-        ahead: loop turns by which the weights are called into the cache; 0 for not.
-        carry: load scales one turn early.
     """
 
     batch: int
@@ -42,8 +40,6 @@ class Tile:
     warps: int = 4
     stages: int = 4
     scale_weights: bool = False
-    ahead: int = 0
-    carry: bool = True
 
 
 def launch(
@@ -104,8 +100,6 @@ def launch(
         EVEN=k == blocks * NIBBLES * lanes,
         LOW=forms[0],
         HIGH=forms[1],
-        AHEAD=tile.ahead if asm else 0,
-        CARRY=tile.carry,
         STAGES=tile.stages,
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -232,15 +226,6 @@ if triton is not None:
             return tl.load(at + column, mask=inside & (column + lane < K)[:, None], other=0.0)
 
     @triton.jit
-    def _call(at, SIZE: tl.constexpr):
-        """Call SIZE bytes into the second-level cache; one thread asks."""
-        tl.inline_asm_elementwise(
-            "{\n.reg .pred p;\n.reg .b32 t, n;\nmov.u32 t, %tid.x;\nsetp.eq.u32 p, t, 0;\n"
-            "mov.u32 n, $2;\n@p cp.async.bulk.prefetch.L2.global [$1], n;\nmov.b32 $0, 0;\n}",
-            "=r,l,r", [at.to(tl.int64), SIZE], tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-    @triton.jit
     def _settle(acc):
         """Do nothing, with a use of acc that makes the matrix instructions end in this turn.
 
@@ -275,7 +260,7 @@ if triton is not None:
         GROUP: tl.constexpr, J: tl.constexpr, STEP: tl.constexpr,
         BATCH: tl.constexpr, ROWS: tl.constexpr, SCALE_WEIGHTS: tl.constexpr,
         GATED: tl.constexpr, EVEN: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-        AHEAD: tl.constexpr, CARRY: tl.constexpr, STAGES: tl.constexpr,
+        STAGES: tl.constexpr,
     ):  # fmt: skip
         """Sum one output tile `(ROWS, BATCH)` of yᵀ over one of `split` parts of the columns."""
         D: tl.constexpr = x.dtype.element_ty
@@ -283,7 +268,6 @@ if triton is not None:
         COUNT: tl.constexpr = 4 * J // GROUP if GROUP else 1  # groups of a block
         SPAN: tl.constexpr = 4 // COUNT  # nibbles of a group
         SCALED: tl.constexpr = SCALE_WEIGHTS and GROUP != 0
-        BYTES: tl.constexpr = 128 * J  # of a chunk in a block
         tile = tl.program_id(0) // split
         part = tl.program_id(0) % split
         n_tile = tile // m_tiles
@@ -300,30 +284,15 @@ if triton is not None:
         )
         x_at = x + m.to(tl.int64)[None, :] * x_stride + lane[:, None]
         scale_at = scales + n_tile * ROWS + row
-        if AHEAD:
-            for turn in tl.static_range(0, AHEAD):
-                block = tl.minimum(first + turn, last - 1) // PARTS
-                for chunk in tl.static_range(0, ROWS // 64):
-                    _call(word_base + (chunk * blocks + block) * (64 * J), BYTES)
         scale = None
-        if GROUP and not SCALED and CARRY:
+        if GROUP and not SCALED:
             scale = _group_rows(scale_at, first // PARTS, padded, COUNT)
         acc = tl.zeros([ROWS, BATCH], tl.float32)
         for turn in tl.range(first, last, num_stages=STAGES):
             block = turn // PARTS
             column = block * (4 * J) + turn % PARTS * STEP
-            if AHEAD:
-                later = tl.minimum(turn + AHEAD, last - 1) // PARTS
-                for chunk in tl.static_range(0, ROWS // 64):
-                    _call(word_base + (chunk * blocks + later) * (64 * J), BYTES)
-                if GROUP:
-                    for group in tl.static_range(0, COUNT):
-                        _call(
-                            scales + (later * COUNT + group) * padded + n_tile * ROWS,
-                            ROWS * scales.dtype.element_ty.primitive_bitwidth // 8,
-                        )
             own = scale
-            if GROUP and not SCALED and CARRY:
+            if GROUP and not SCALED:  # one turn early
                 scale = _group_rows(
                     scale_at, tl.minimum(turn + 1, last - 1) // PARTS, padded, COUNT
                 )
