@@ -35,7 +35,7 @@ def train(micro_batch, steps=30):
 def test_a_training_by_graphs_is_the_eager_one(micro_batch, monkeypatch):
     graphed = train(micro_batch)
     monkeypatch.setattr(
-        lab_loop, "captured", lambda model, losses, *_: lambda rows: losses(model, rows)
+        lab_loop, "captured", lambda model, losses, *_, **__: lambda rows: losses(model, rows)
     )
     eager = train(micro_batch)
     # bfloat16 products, and sums over the batch in no fixed order in the attention's backward pass

@@ -88,11 +88,12 @@ def _processor() -> str:
 def _commit() -> str | None:
     """Return the commit of the source tree, marked when `src` has changes; None outside a tree.
 
-    `BATCHERY_COMMIT` names it for a tree that was copied without its history.
+    `BATCHERY_COMMIT` names it for a tree that was copied without its history, or with an older one.
     """
+    given = os.environ.get("BATCHERY_COMMIT")
     root = Path(__file__).resolve().parents[3]
-    if not ((root / ".git").exists() and shutil.which("git")):
-        return os.environ.get("BATCHERY_COMMIT")
+    if given or not ((root / ".git").exists() and shutil.which("git")):
+        return given
 
     def git(*words: str) -> subprocess.CompletedProcess[str]:
         command = ["git", "-C", str(root), *words]
@@ -100,7 +101,7 @@ def _commit() -> str | None:
 
     head, changed = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "--", "src")
     if head.returncode:
-        return os.environ.get("BATCHERY_COMMIT")
+        return None
     return head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
 
 
