@@ -44,6 +44,10 @@ def make(shapes: Sequence[tuple[int, ...]], device: torch.device) -> list[Tensor
 
 def seconds(step: Step, device: torch.device, repeats: int, between: Step = lambda: None) -> float:
     """Median time of one call, after three calls of warm-up; `between` runs before each call."""
+    return statistics.median(times_of(step, device, repeats, between))
+
+
+def times_of(step: Step, device: torch.device, repeats: int, between: Step) -> list[float]:
     times = []
     for _ in range(3):
         step()
@@ -61,7 +65,18 @@ def seconds(step: Step, device: torch.device, repeats: int, between: Step = lamb
             at = time.perf_counter()
             step()
             times.append(time.perf_counter() - at)
-    return statistics.median(times)
+    return times
+
+
+def in_turns(
+    step: Step, base: Step, device: torch.device, repeats: int, between: Step
+) -> tuple[float, float]:
+    """Median times of a step and of what it is compared with, five stretches of each in turn."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(5):
+        for own, call in zip(times, (step, base), strict=True):
+            own += times_of(call, device, -(-repeats // 5), between)
+    return statistics.median(times[0]), statistics.median(times[1])
 
 
 def timm_optimizer(name: str) -> Callable[..., torch.optim.Optimizer] | None:
@@ -112,26 +127,27 @@ def compare(
     bandwidth = copy_bandwidth(device)
     print(f"{len(shapes)} tensors, {count / 1e6:.1f} M parameters; copy {bandwidth / 1e9:.0f} GB/s")
     rows: dict[str, Any] = {"parameters": count, "copy_gb_s": bandwidth / 1e9}
-    for name, build in contenders(device).items():
+    builds = contenders(device)
+    bases = {name: builds[name](make(shapes, device)).step for name in ("AdamW fused", "SGD fused")}
+    for name, build in builds.items():
         if build is None:
             print(f"{name:14s}    absent")
             rows[name] = None
             continue
-        parameters = make(shapes, device)
-        optimizer = build(parameters)
+        optimizer = build(make(shapes, device))
         slow = name.startswith("timm") or "foreach" in name
-        time_ = seconds(optimizer.step, device, max(5, repeats // 4) if slow else repeats, between)
-        rows[name] = {"ms": time_ * 1e3}
-        base = rows["SGD fused" if name in MOMENTUM_SGD else "AdamW fused"]
-        ratio = rows[name]["ms"] / base["ms"]
-        rows[name]["ratio"] = ratio
+        turns = max(5, repeats // 4) if slow else repeats
+        base = bases["SGD fused" if name in MOMENTUM_SGD else "AdamW fused"]
+        time_, base_time = in_turns(optimizer.step, base, device, turns, between)
+        ratio = time_ / base_time
+        rows[name] = {"ms": time_ * 1e3, "ratio": ratio}
         line = f"{name:14s} {time_ * 1e3:9.3f} ms   {ratio:6.2f} x base"
         if name in WORDS:
             limit = 4 * WORDS[name] * count / bandwidth
             rows[name]["of_limit"] = limit / time_
             line += f"   {limit / time_:5.2f} of the copy bandwidth at {WORDS[name]} words"
         print(line, flush=True)
-        del optimizer, parameters
+        del optimizer
     return rows
 
 

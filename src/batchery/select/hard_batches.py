@@ -268,19 +268,19 @@ class HardBatchSampler(ResumableBatchSampler):
         elif self.mode == "sample":
             raise TypeError(f"{owner}: update needs indices in mode 'sample'")
         elif self._reported + 1 < len(self._ends):
-            examples = self._share(self._reported)
+            examples = torch.from_numpy(self._share(self._reported))
             self._reported += 1
         else:
             raise RuntimeError(f"{owner}: update came for a batch that was not yielded yet")
         losses = torch.as_tensor(loss).detach().to(torch.float32, copy=True).reshape(-1)
-        fits = len(losses) in (1, len(examples))
-        require(fits, owner, "loss", f"must be 1 number or {len(examples)}", len(losses))
+        given, wanted = losses.numel(), examples.numel()
+        require(given in (1, wanted), owner, "loss", f"must be 1 number or {wanted}", given)
         self._hardness.report(examples, losses)
 
     def _end_pass(self) -> None:
         """Note what the round trained on, and turn its reports into scores."""
         if self._ends[-1] > 0:
-            trained = self._order()[: self._ends[-1]].numpy()
+            trained = self._order()[: self._ends[-1]]
             self._hardness.last_seen.numpy()[self._units_of(trained)] = self._epoch
         self._hardness.absorb(self._units_of, self.process_group)
 
