@@ -1,196 +1,183 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact noise and private counters beside their peers and the memory limit, in one run, as ratios.
+"""Exact noise beside OpenDP's, a wide tree beside the memory's limit, and tree beside square root.
 
-One thread on the CPU: what is told is per core. Peers that are not installed are named as absent.
+One thread on the CPU: what is told is per core. A peer that is not installed is named as absent.
 """
 
 import argparse
 import importlib
+import importlib.metadata
 import json
 import statistics
 import time
 from collections.abc import Callable
+from datetime import date
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from batchery.privacy import (
-    Budget,
-    DiscreteNoise,
-    FactorizationCounter,
-    FloatNoise,
-    MaxSum,
-    TreeCounter,
-)
+from batchery.privacy import Budget, DiscreteNoise, FactorizationCounter, FloatNoise, TreeCounter
 
 RHO = Budget(rho=0.5)
-WIDE = 10**6
+HORIZON = 1 << 14
+SIGMA = 100  # of the samples that are compared
+AIM = {"noise_per_s": 2e6, "opendp": 20.0, "tree": 0.6, "mse": 5.6}  # of the specification
 
 
 class Given:
     """The same row again and again: a counter without the cost of its noise."""
 
-    def __init__(self, row: Any) -> None:
+    def __init__(self, row: torch.Tensor) -> None:
         """Keep the row."""
         self.row = row
 
-    def sample(self, kind: str, scale: Fraction, shape: tuple[int, ...]) -> Any:
+    def sample(self, kind: str, scale: Fraction, shape: tuple[int, ...]) -> torch.Tensor:
         """Return the row, without a copy."""
         return self.row.expand(shape)
 
 
-def seconds(step: Callable[[], Any], device: torch.device, repeats: int = 7) -> float:
-    """Median time of one call, after one call of warm-up."""
+def seconds(step: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Median time of one call, after two calls of warm-up."""
     times = []
-    for _ in range(repeats + 1):
+    for _ in range(repeats + 2):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         at = time.perf_counter()
         step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - at)
-    return statistics.median(times[1:])
+    return statistics.median(times[2:])
 
 
-def opendp_seconds(sigma: float, n: int) -> tuple[float, float] | None:
-    """Seconds of one sample by OpenDP: called in a loop, and inside one call on a vector."""
+def opendp_seconds(n: int) -> dict[str, float] | None:
+    """Seconds of one sample by OpenDP: called in a loop, and on a vector inside one call."""
     try:
         dp = importlib.import_module("opendp.prelude")
     except ImportError:
         return None
     dp.enable_features("contrib")
-    one = dp.m.make_gaussian(dp.atom_domain(T=int), dp.absolute_distance(T=int), scale=sigma)
-    many = dp.m.make_gaussian(
-        dp.vector_domain(dp.atom_domain(T=int)), dp.l2_distance(T=int), scale=sigma
-    )
-    cpu = torch.device("cpu")
-    zeros = [0] * n
-    loop = seconds(lambda: [one(0) for _ in range(n // 10)], cpu, 3) / (n // 10)
-    return loop, seconds(lambda: many(zeros), cpu, 3) / n
+    scalar = dp.atom_domain(T=int), dp.absolute_distance(T=int)
+    vector = dp.vector_domain(dp.atom_domain(T=int)), dp.l2_distance(T=int)
+    one = dp.m.make_gaussian(*scalar, scale=float(SIGMA))
+    many = dp.m.make_gaussian(*vector, scale=float(SIGMA))
+    cpu, zeros = torch.device("cpu"), [0] * n
+    loop = seconds(lambda: [one(0) for _ in range(n)], cpu, 5)
+    return {"loop": loop / n, "vector": seconds(lambda: many(zeros), cpu, 5) / n}
 
 
 def noise(n: int) -> dict[str, Any]:
-    cpu = torch.device("cpu")
-    exact = DiscreteNoise()
-    generator = np.random.default_rng(0)
-    words = n / seconds(lambda: exact.source.words(n), cpu)
-    rounded = n / seconds(lambda: np.rint(generator.normal(0, 10, n)).astype(np.int64), cpu)
-    print(f"{'random words of the system':32s} {words / 1e6:8.2f} M/s")
-    print(f"{'numpy, rounded (not private)':32s} {rounded / 1e6:8.2f} M/s")
-    rows: dict[str, Any] = {"words_per_s": words, "numpy_rounded_per_s": rounded}
-    laws = [("gaussian", 55), ("gaussian", 10**4), ("gaussian", 2 * 10**7), ("laplace", 1000)]
-    for kind, scale in laws:
-        begin = time.perf_counter()
-        exact.sample(kind, Fraction(scale), (1,))
-        table = time.perf_counter() - begin
-        rate = n / seconds(lambda k=kind, s=scale: exact.sample(k, Fraction(s), (n,)), cpu)
-        rows[f"{kind} {scale}"] = {"per_s": rate, "table_s": table, "of_words": rate / words}
-        line = f"{f'{kind} {scale}':32s} {rate / 1e6:8.2f} M/s   {rate / words:5.2f} of the words"
-        print(f"{line}   table {table * 1e3:.0f} ms")
-    peer = opendp_seconds(100.0, 10_000)
+    """Samples of exact noise per second, beside the system's random words and OpenDP."""
+    cpu, exact = torch.device("cpu"), DiscreteNoise()
+    words = n / seconds(lambda: exact.source.words(n), cpu, 15)
+    print(f"{'random words of the system':34s} {words / 1e6:9.3f} M/s")
+    found: dict[str, Any] = {"words_per_s": words}
+    for kind, scale in (("gaussian", 7), ("gaussian", SIGMA**2), ("laplace", SIGMA)):
+        rate = n / seconds(lambda k=kind, s=scale: exact.sample(k, Fraction(s), (n,)), cpu, 15)
+        found[f"{kind} {scale}"] = {"per_s": rate, "of_words": rate / words}
+        print(f"{f'{kind} {scale}':34s} {rate / 1e6:9.3f} M/s   {rate / words:7.2f} of the words")
+    ours = found[f"gaussian {SIGMA**2}"]["per_s"]
+    ratio = ours / AIM["noise_per_s"]
+    print(f"{'':34s} {'':13s}   {ratio:7.2f} of the aim, 2 M/s")
+    peer = opendp_seconds(min(n, 20_000))
     if peer is None:
-        print("OpenDP                              absent")
-        return rows | {"opendp": None}
-    rate = rows["gaussian 10000"]["per_s"]
-    for name, time_ in zip(("loop", "vector"), peer, strict=True):
-        rows[f"opendp_{name}"] = {"per_s": 1 / time_, "ratio": rate * time_}
-        print(f"{'OpenDP, ' + name:32s} {1e-6 / time_:8.3f} M/s   ours is {rate * time_:.0f} x")
-    return rows
+        print(f"{'OpenDP':34s}    absent")
+        return found | {"opendp": None}
+    found["opendp"] = {"version": importlib.metadata.version("opendp")}
+    for name, time_ in peer.items():
+        found["opendp"][name] = {"per_s": 1 / time_, "ratio": ours * time_}
+        line = f"{f'OpenDP, {name}, gaussian {SIGMA**2}':34s} {1e-6 / time_:9.3f} M/s"
+        print(f"{line}   ours is {ours * time_:.1f} x" + " (aim 20)" * (name == "loop"))
+    return found
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read plus written per second by a large copy."""
-    source = torch.ones(2**28 if device.type == "cuda" else 2**24, device=device)
+def copy_bandwidth(device: torch.device, bytes_: int) -> float:
+    """Bytes read plus written per second by a copy of so many."""
+    source = torch.ones(bytes_, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds(lambda: target.copy_(source), device, 15)
+    return 2 * bytes_ / seconds(lambda: target.copy_(source), device, 15)
 
 
-def wide(device: torch.device, width: int) -> dict[str, Any]:
-    """One step of wide counters. Bytes: of rows read and written, each once."""
-    bandwidth = copy_bandwidth(device)
-    print(f"{width} columns; copy {bandwidth / 1e9:.1f} GB/s")
-    rows: dict[str, Any] = {"copy_gb_s": bandwidth / 1e9}
-    kinds: dict[str, Any] = {"budget": RHO, "row_sensitivity": width**0.5, "device": device}
+def wide(device: torch.device, width: int, repeats: int) -> dict[str, Any]:
+    """One update of a wide tree, in times of moving what it must, as a large copy would.
+
+    On a CPU rows of a million floats stay in the cache: then a copy of one row is the limit.
+    """
+    large = copy_bandwidth(device, 2**30 if device.type == "cuda" else 2**27)
+    print(f"{width:,} columns; a large copy moves {large / 1e9:.1f} GB/s")
+    found: dict[str, Any] = {"width": width, "copy_gb_s": large / 1e9}
+    generator = torch.Generator(device).manual_seed(0)
+    real = torch.randn(width, device=device, generator=generator)
+    integers = torch.ones(width, dtype=torch.int64, device=device)
+    drawn = FloatNoise(generator, dtype=torch.float32)
     single = {"sampler": "float", "dtype": torch.float32}
-    drawn = FloatNoise(device=device, dtype=torch.float32)
-    given = Given(drawn.sample("gaussian", Fraction(1), (width,)))
-    integers = Given(torch.ones(width, dtype=torch.int64, device=device))
-    # Row, sum twice, noise, parent and child in the stack, and the release; a buffer twice.
-    cases: list[tuple[str, Callable[[], Any], int]] = [
-        ("noise alone, float32", lambda: given.row.normal_(generator=drawn.generator), 4),
-        ("tree, int64, noise given", tree(width, noise=integers, **kinds), 7 * 8),
-        ("tree, int64, exact noise", tree(width, **kinds), 7 * 8),
-        ("tree, float32, noise given", tree(width, noise=given, **kinds, **single), 7 * 4),
-        ("tree, float32", tree(width, **kinds, **single), 8 * 4),
-        ("blt, float32", blt(width, **kinds, **single), (7 + 3 * 4) * 4),
-    ]
-    for name, step, bytes_ in cases:
-        time_ = seconds(step, device)
-        share = width * bytes_ / bandwidth / time_
-        rows[name] = {"ms": time_ * 1e3, "of_limit": share}
-        print(f"{name:32s} {time_ * 1e3:9.2f} ms   {share:5.2f} of the bandwidth", flush=True)
-    return rows
+    # Row, noise and parent are read, the sum read and written, child and release written: 7 rows,
+    # and noise that is drawn is written too. A buffer is read twice and written once, of four.
+    cases: dict[str, tuple[Any, dict[str, Any], int]] = {
+        "tree, int64, noise given": (TreeCounter, {"noise": Given(integers)}, 7 * 8),
+        "tree, float32, noise given": (TreeCounter, {"noise": Given(real), **single}, 7 * 4),
+        "tree, float32, noise drawn": (TreeCounter, {"noise": drawn, **single}, 8 * 4),
+        "tree, int64, exact noise": (TreeCounter, {}, 8 * 8),
+        "blt, float32, noise given": (
+            FactorizationCounter,
+            {"strategy": "blt", "noise": Given(real), **single},
+            (7 + 3 * 4) * 4,
+        ),
+    }
+    for name, (build, kinds, bytes_) in cases.items():
+        counter = build(HORIZON, width, budget=RHO, row_sensitivity=1e3, device=device, **kinds)
+        row = torch.ones(width, dtype=counter.dtype, device=device)
+        time_ = seconds(lambda c=counter, r=row: c.update(r), device, repeats)
+        near = copy_bandwidth(device, row.nbytes)
+        shares = [width * bytes_ / bandwidth / time_ for bandwidth in (large, near)]
+        found[name] = {"ms": time_ * 1e3, "of_large_copy": shares[0], "of_row_copy": shares[1]}
+        line = f"{name:34s} {time_ * 1e3:9.2f} ms    {shares[0]:7.2f} of a large copy's speed"
+        print(f"{line}, {shares[1]:.2f} of a row's" + " (aim 0.6)" * name.endswith("given"))
+    return found
 
 
-def tree(width: int, **kinds: Any) -> Callable[[], Any]:
-    counter = TreeCounter(1 << 14, width, **kinds)
-    row = torch.ones(width, dtype=counter.dtype, device=counter.device)
-    return lambda: counter.update(row)
-
-
-def blt(width: int, **kinds: Any) -> Callable[[], Any]:
-    counter = FactorizationCounter(1 << 14, width, strategy="blt", **kinds)
-    row = torch.ones(width, dtype=counter.dtype, device=counter.device)
-    return lambda: counter.update(row)
-
-
-def streams(n: int) -> dict[str, Any]:
-    """Whole streams at once, and single steps; the squared error of the tree and of its rivals."""
-    cpu = torch.device("cpu")
-    rows: dict[str, Any] = {}
-    ones = torch.ones(n, dtype=torch.int64)
-    bits = torch.randint(0, 2, (n, 35), generator=torch.Generator().manual_seed(0))
-    cases: list[tuple[str, int, Callable[[], Any]]] = [
-        ("tree", n, lambda: TreeCounter(n, budget=RHO).update_many(ones)),
-        ("sqrt", n, lambda: FactorizationCounter(n, budget=RHO).update_many(ones)),
-        ("MaxSum, 35 columns", n, lambda: MaxSum(n, 35, budget=RHO).update_many(bits)),
-        ("tree, step by step", 2000, steps(TreeCounter(n, budget=RHO))),
-        ("honaker", 2000, steps(TreeCounter(n, budget=RHO, estimator="honaker"))),
-    ]
-    for name, count, step in cases:
-        time_ = seconds(step, cpu, 3) / count
-        rows[name] = {"us_per_row": time_ * 1e6}
-        print(f"{name:32s} {time_ * 1e6:9.3f} us a row", flush=True)
-    zeros = torch.zeros(1024, 2000)
-    errors = {}
-    for name, build in (("tree", TreeCounter), ("sqrt", FactorizationCounter)):
-        counter: Any = build(1024, 2000, budget=RHO, sampler="float")
-        errors[name] = float(counter.update_many(zeros).square().mean())
-    rows["mse_ratio"] = errors["tree"] / errors["sqrt"]
-    print(f"squared error at T = 1024: tree {rows['mse_ratio']:.2f} x sqrt")
-    return rows
-
-
-def steps(counter: Any, count: int = 2000) -> Callable[[], Any]:
-    return lambda: [counter.update(1) for _ in range(count)]
+def squared_error(copies: int) -> dict[str, Any]:
+    """Mean squared error of tree and square root over 1,024 steps, measured and by formula."""
+    steps = 1024
+    zeros = torch.zeros(steps, copies)
+    found: dict[str, Any] = {}
+    kinds: tuple[tuple[str, Any, dict[str, Any]], ...] = (
+        ("tree", TreeCounter, {}),
+        ("honaker", TreeCounter, {"estimator": "honaker"}),
+        ("sqrt", FactorizationCounter, {"strategy": "sqrt"}),
+    )
+    for seed, (name, build, more) in enumerate(kinds):
+        source = FloatNoise(torch.Generator().manual_seed(seed))
+        counter = build(steps, copies, budget=RHO, sampler="float", noise=source, **more)
+        measured = float(counter.update_many(zeros).square().mean())
+        found[name] = {"measured": measured, "formula": counter.expected_squared_error()}
+    for name in ("tree", "honaker"):
+        ratios = {key: found[name][key] / found["sqrt"][key] for key in found[name]}
+        found[name]["ratio"] = ratios
+        line = f"{f'squared error, {name} / sqrt, T=1024':34s} {ratios['measured']:9.2f} x"
+        aim = " (aim 5.6)" if name == "tree" else ""
+        print(f"{line}     by formula {ratios['formula']:.2f}{aim}")
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--samples", type=int, default=1_000_000)
-    parser.add_argument("--width", type=int, default=WIDE)
-    parser.add_argument("--rows", type=int, default=1 << 17)
+    parser.add_argument("--width", type=int, default=1_000_000)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device(options.device)
-    found: dict[str, Any] = {"torch": torch.__version__, "device": str(device)}
+    found: dict[str, Any] = {"date": date.today().isoformat(), "torch": torch.__version__}
+    if device.type == "cuda":
+        found["device"] = torch.cuda.get_device_name(device)
     found["noise"] = noise(options.samples)
-    found["wide"] = wide(device, options.width)
-    found["streams"] = streams(options.rows)
+    found["wide"] = wide(device, options.width, options.repeats)
+    found["squared_error"] = squared_error(1000)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `batchery` command: `list`, `show`, `study`, `report`, `data`.
+"""The `batchery` command: `list`, `show`, `study`, `report`, `data`, `release`.
 
-Exit status: 0 done; 1 a study failed or a stored claim no longer holds; 2 wrong arguments;
-3 data are missing; 130 interrupted (the same command resumes).
+Exit status: 0 done; 1 something failed, a record is bad, or a stored claim no longer holds; 2 wrong
+arguments; 3 data are missing; 4 more would be spent than was declared; 130 interrupted (the same
+command resumes).
 """
 
 import argparse
@@ -18,6 +19,7 @@ from rich.table import Table
 
 import batchery
 from batchery.cards import Card, find_card, load_cards, search
+from batchery.privacy import release_command
 
 if TYPE_CHECKING:
     from batchery.studies.study import Scale, Study
@@ -80,6 +82,15 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("data", help="list the data sets, or fetch some")
     verb.add_argument("names", nargs="*", metavar="NAME")
     verb.set_defaults(run=_data)
+
+    verb = verbs.add_parser(
+        "release",
+        help="release statistics of a stream of records privately, again and again",
+        description=release_command.DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    release_command.add_options(verb)
+    verb.set_defaults(run=release_command.run)
     return parser
 
 

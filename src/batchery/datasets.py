@@ -93,6 +93,11 @@ def _recordings(path: Path) -> list[tuple[str, bytes]]:
     return found
 
 
+def _single(name: str, sha256: str, url: str, parse: Parser) -> Any:
+    """Return the sources of a data set that is one file at one address."""
+    return (((File(name, sha256, url),), parse),)
+
+
 def _text(paths: Sequence[Path]) -> str:
     return "".join(path.read_text("utf-8") for path in paths)
 
@@ -200,6 +205,10 @@ _FSDD = (
     "https://codeload.github.com/Jakobovski/free-spoken-digit-dataset/tar.gz/"
     "26eb9aaf76e81b692f806f9140c2d2777410d7a1"
 )
+_AZURE = (
+    "https://raw.githubusercontent.com/Azure/AzurePublicDataset/"
+    "b469a113cedca53ddc3bdea71a143dc4b7d8700c/data/AzureLLMInferenceTrace_conv.csv"
+)
 _MNIST = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz"
 _CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 
@@ -298,17 +307,11 @@ _ALL = (
         "tinyshakespeare",
         "one megabyte of Shakespeare",
         "public domain (text); MIT (the copy)",
-        (
-            (
-                (
-                    File(
-                        "text/tinyshakespeare.txt",
-                        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-                        _SHAKESPEARE,
-                    ),
-                ),
-                _text,
-            ),
+        _single(
+            "text/tinyshakespeare.txt",
+            "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+            _SHAKESPEARE,
+            _text,
         ),
     ),
     Dataset(
@@ -336,6 +339,17 @@ _ALL = (
                 ),
                 lambda paths: _speech(_recordings(paths[0])),
             ),
+        ),
+    ),
+    Dataset(
+        "azure-llm-conv",
+        "19,366 requests to an LLM service in 2023: time, prompt and output tokens, as CSV",
+        "CC BY 4.0",
+        _single(
+            "traces/AzureLLMInferenceTrace_conv.csv",
+            "2f1e5b666d4e3055fdbba98598ce2ec307767b9064e03e2fa46676dbcc7d0bf8",
+            _AZURE,
+            _text,
         ),
     ),
 )

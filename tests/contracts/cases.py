@@ -13,6 +13,15 @@ import torch
 
 from batchery.cards import load_cards
 from batchery.optim import LAMB, LARS, WSDScheduler
+from batchery.privacy import (
+    Budget,
+    DiscreteNoise,
+    FactorizationCounter,
+    FloatNoise,
+    MaxSum,
+    SumSelect,
+    TreeCounter,
+)
 from batchery.select import HardBatchSampler, ResumableBatchSampler
 
 
@@ -23,7 +32,8 @@ class Case:
     Attributes:
         path: the object's public path, as its card names it.
         build: makes a minimal one. Optimizers take parameters; schedulers take an optimizer;
-            samplers take a size and `rank`, `world_size` and `generator` keywords.
+            samplers take a size and `rank`, `world_size` and `generator` keywords; mechanisms a
+            horizon, a number of columns and the `seed` of their noise, None for real noise.
         bad: keyword arguments that must raise, with a pattern of the message.
     """
 
@@ -51,6 +61,30 @@ def _lars(params, lr=0.5, **kinds):
 
 def _wsd(optimizer, num_warmup=3, num_training=20, num_decay=10, **kinds):
     return WSDScheduler(optimizer, num_warmup, num_training, num_decay, **kinds)
+
+
+def _tree(horizon=20, columns=3, seed=1, **kinds):
+    noise = None if seed is None else DiscreteNoise(insecure_seed=seed)
+    kinds = {"budget": Budget(rho=0.5), "row_sensitivity": 3**0.5, "noise": noise} | kinds
+    return TreeCounter(horizon, columns, **kinds)
+
+
+def _factorization(horizon=20, columns=3, seed=1, **kinds):
+    noise = None if seed is None else FloatNoise(torch.Generator().manual_seed(seed))
+    kinds = {"budget": Budget(rho=0.5), "row_sensitivity": 3**0.5, "noise": noise} | kinds
+    return FactorizationCounter(horizon, columns, **kinds)
+
+
+def _max_sum(horizon=20, columns=3, seed=1, **kinds):
+    noise = None if seed is None else DiscreteNoise(insecure_seed=seed)
+    kinds = {"budget": Budget(rho=0.5), "mechanism": "recompute", "noise": noise} | kinds
+    return MaxSum(horizon, columns, **kinds)
+
+
+def _sum_select(horizon=20, columns=3, seed=1, **kinds):
+    noise = None if seed is None else DiscreteNoise(insecure_seed=seed)
+    kinds = {"budget": Budget(rho=0.5), "mechanism": "recompute", "noise": noise} | kinds
+    return SumSelect(horizon, columns, **kinds)
 
 
 CASES = {
@@ -101,6 +135,48 @@ CASES = {
                 ({"delta": 0.0}, ValueError, "HardBatchSampler: delta must be > 0 .* got 0.0"),
                 ({"mode": "x"}, ValueError, "HardBatchSampler: mode must be one of .* got 'x'"),
                 ({"batch_size": 25}, ValueError, "must make at least 2 batches, got 1"),
+            ],
+        ),
+        Case(
+            "batchery.privacy.TreeCounter",
+            _tree,
+            [
+                ({"horizon": 0}, ValueError, "TreeCounter: horizon must be >= 1, got 0"),
+                ({"horizon": 2.5}, TypeError, "TreeCounter: horizon must be an integer, got float"),
+                ({"budget": 0.5}, TypeError, "TreeCounter: budget must be a Budget, got float"),
+                ({"row_sensitivity": 0}, ValueError, "row_sensitivity must be > 0, got 0"),
+                ({"estimator": "x"}, ValueError, "estimator must be one of 'prefix', .* got 'x'"),
+            ],
+        ),
+        Case(
+            "batchery.privacy.FactorizationCounter",
+            _factorization,
+            [
+                ({"horizon": -1}, ValueError, "FactorizationCounter: horizon must be >= 1, got -1"),
+                ({"budget": Budget.pure(1.0)}, ValueError, "budget must not be pure: .*epsilon=1"),
+                ({"sampler": "discrete"}, ValueError, "sampler must be 'float': .* got 'discrete'"),
+                ({"strategy": "x"}, ValueError, "strategy must be one of 'auto', .* got 'x'"),
+            ],
+        ),
+        Case(
+            "batchery.privacy.MaxSum",
+            _max_sum,
+            [
+                ({"horizon": 0}, ValueError, "MaxSum: horizon must be >= 1, got 0"),
+                ({"columns": 0}, ValueError, "MaxSum: num_columns must be >= 1, got 0"),
+                ({"beta": 1.5}, ValueError, "MaxSum: beta must be > 0 and < 1, got 1.5"),
+                ({"budget": Budget(0.0)}, ValueError, "MaxSum: budget must be > 0"),
+                ({"hold": "x"}, ValueError, "MaxSum: hold must be one of 'midpoint', .* got 'x'"),
+            ],
+        ),
+        Case(
+            "batchery.privacy.SumSelect",
+            _sum_select,
+            [
+                ({"horizon": True}, TypeError, "SumSelect: horizon must be an integer, got bool"),
+                ({"mechanism": "sparse"}, ValueError, "SumSelect: mechanism .* got 'sparse'"),
+                ({"interval": 0}, ValueError, "SumSelect: interval must be >= 1, got 0"),
+                ({"margin": -1}, ValueError, "SumSelect: margin must be >= 0, got -1"),
             ],
         ),
     )

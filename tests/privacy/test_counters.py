@@ -547,6 +547,18 @@ def test_bad_rows_are_refused_without_showing_them_and_nothing_changes():
     assert repr(counter.state_dict()) == before
 
 
+@pytest.mark.parametrize("clip", [None, "l2", "linf"])
+def test_real_rows_that_are_no_numbers_are_refused(clip):
+    counter = TreeCounter(5, 2, budget=RHO, sampler="float", clip=clip, noise=Zero())
+    for bad in ([math.nan, 0.0], [0.0, -math.inf]):
+        with pytest.raises(ValueError, match="row must hold finite numbers; 1 of its entries"):
+            counter.update(bad)
+    assert counter.t == 0
+    largest = torch.full((2,), torch.finfo(torch.float64).max, dtype=torch.float64)
+    if clip is not None:  # finite, unlike their sum
+        assert counter.update(largest).isfinite().all()
+
+
 def test_a_state_of_other_settings_is_refused():
     state = seeded(8, 2).state_dict()
     for other in (seeded(9, 2), seeded(8, 3), seeded(8, 2, estimator="honaker")):

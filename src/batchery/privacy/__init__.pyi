@@ -7,9 +7,22 @@ from .accounting import zcdp_epsilon as zcdp_epsilon
 from .accounting import zcdp_rho as zcdp_rho
 from .adapters import OnOneRank as OnOneRank
 from .adapters import PrivateAccuracy as PrivateAccuracy
+from .audit import Audit as Audit
+from .audit import off_lattice as off_lattice
 from .counters import TreeCounter as TreeCounter
 from .factorisation import FactorizationCounter as FactorizationCounter
 from .factorisation import noise_stream as noise_stream
+from .game import Challenge as Challenge
+from .game import ContinualGame as ContinualGame
+from .ledger import BudgetExceeded as BudgetExceeded
+from .ledger import Ledger as Ledger
+from .ledger_file import CorruptLedger as CorruptLedger
+from .ledger_file import LedgerConflict as LedgerConflict
+from .ledger_file import LedgerError as LedgerError
+from .ledger_file import Release as Release
+from .lower_bound import HardStream as HardStream
+from .lower_bound import hard_shape as hard_shape
+from .lower_bound import hard_stream as hard_stream
 from .max_sum import MaxSum as MaxSum
 from .max_sum import SumSelect as SumSelect
 from .mechanism import HorizonExceeded as HorizonExceeded
@@ -17,3 +30,4 @@ from .noise import DiscreteNoise as DiscreteNoise
 from .noise import discrete_gaussian as discrete_gaussian
 from .noise import discrete_laplace as discrete_laplace
 from .noise_rows import FloatNoise as FloatNoise
+from .stream import Stream as Stream

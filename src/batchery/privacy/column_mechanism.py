@@ -7,7 +7,6 @@ The mechanisms and their sources are in `batchery.privacy.max_sum`.
 import math
 from abc import abstractmethod
 from fractions import Fraction
-from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -109,9 +108,10 @@ class ColumnMechanism(Mechanism):
         return 1.0 if self.horizon is not None else 6 / (math.pi * (epoch + 1)) ** 2
 
     def _held(self) -> Held:
-        plan = lru_cache(maxsize=None)(self._recompute)
         endless = self.horizon is None
-        return Held(plan, self._answer, self._zeros(), epochs=endless, shares=self._share)
+        return Held(
+            self._recompute, self._answer, self._zeros(), epochs=endless, shares=self._share
+        )
 
     def _plans(self, beta: float) -> list[tuple[Recompute, float]]:
         """Return the plans of recomputing up to now, each with its part of a probability."""

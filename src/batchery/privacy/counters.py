@@ -114,6 +114,13 @@ class Counter(Mechanism):
 
     def _checked(self, rows: Any, *, many: bool) -> Tensor:
         tensor = self._as_rows(rows, self.shape, many=many)
+        # One pass over the rows, since the sum is finite only if they are, or nearly always then.
+        if tensor.is_floating_point() and not math.isfinite(tensor.sum()):
+            unfit = int((~tensor.isfinite()).sum())
+            if unfit:  # no clipping bounds it, and no sum recovers from it
+                raise ValueError(
+                    f"{self._owner}: row must hold finite numbers; {unfit} of its entries are not"
+                )
         if self.clip is None:
             return tensor
         tensor = tensor.to(self.dtype)

@@ -216,6 +216,11 @@ class Mechanism(ABC):
         return tensor
 
     @property
+    def cost(self) -> Budget:
+        """What all releases together may cost: the budget, as this noise spends it."""
+        return self._cost
+
+    @property
     def spent(self) -> Budget:
         """What the releases so far have cost; more than the budget after redrawing them."""
         return self._cost.share(self.fraction() * (1 + self.redraws))
@@ -253,7 +258,7 @@ class Mechanism(ABC):
 
     def _all_settings(self) -> State:
         return {
-            "mechanism": self._owner,
+            "class": self._owner,
             "horizon": self.horizon,
             "budget": repr(self.budget),
             "sampler": self.sampler,
@@ -280,7 +285,7 @@ class Mechanism(ABC):
             require(name in state_dict, self._owner, "state_dict", f"must hold {name!r}", "none")
         check_fits(self._owner, state_dict["settings"], self._all_settings())
         self._load_inner(state_dict["inner"])
-        if isinstance(self.noise, _OWN):
+        if isinstance(self.noise, _OWN):  # last, for rows of noise move it when they are loaded
             self.noise.load(state_dict["noise"])
         self.t, self.redraws = int(state_dict["t"]), int(state_dict["redraws"])
 

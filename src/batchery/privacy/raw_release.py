@@ -59,13 +59,20 @@ class Held:
         shares: Callable[[int], float],
     ) -> None:
         """Hold 0; see the class."""
-        self.plan = plan
+        self._make_plan = plan
+        self._plans: dict[int, Recompute] = {}  # not lru_cache, which cannot be pickled
         self.answer = answer
         self.sums = sums
         self.epochs = epochs
         self.shares = shares
         self.t = 0
         self.held = 0
+
+    def plan(self, epoch: int) -> Recompute:
+        """Return the plan of an epoch."""
+        if epoch not in self._plans:
+            self._plans[epoch] = self._make_plan(epoch)
+        return self._plans[epoch]
 
     def answers(self, rows: Tensor) -> list[int]:
         """Add rows and return the release after each."""

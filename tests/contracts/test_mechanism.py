@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every private mechanism owes. Broken ones at the end show that the suite can fail."""
+
+import copy
+import inspect
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from dist_ranks import run_on_ranks
+
+from batchery.privacy import HorizonExceeded, OnOneRank, TreeCounter
+from batchery.privacy.mechanism import Mechanism
+
+from .cases import CASES, _tree, global_randomness, objects
+
+MECHANISMS = [CASES[path] for path in objects("mechanism") if path in CASES]
+every = pytest.mark.parametrize("case", MECHANISMS, ids=lambda case: case.name)
+pytestmark = pytest.mark.filterwarnings("ignore:noise from insecure_seed")
+HORIZON, COLUMNS = 20, 3
+
+
+def rows(n=HORIZON, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, (n, COLUMNS), generator=generator)
+
+
+def single(mechanism, stream):
+    return torch.stack([torch.as_tensor(mechanism.update(row)) for row in stream])
+
+
+def written(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def same(a, b):
+    """Whether two states are equal, tensors within them too."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def check_resume(build, at):
+    """A mechanism loaded in mid-run goes on with the noise of the first, drawing none again."""
+    stream = rows()
+    wanted = single(build(), stream)
+    first = build()
+    single(first, stream[:at])
+    again = build(seed=2)  # its own noise must not come through
+    if again.sampler == "discrete":  # a seeded source tells that it is another, and refuses
+        again = build()
+        single(again, stream[:3])
+    again.load_state_dict(written(first.state_dict()))
+    assert again.t == at
+    assert torch.equal(torch.as_tensor(again.last()), wanted[at - 1])
+    assert torch.equal(single(again, stream[at:]), wanted[at:])
+
+
+def check_looks(build):
+    """The last release is shown again as it was."""
+    mechanism = build()
+    assert mechanism.last() is None
+    for row in rows():
+        release = torch.as_tensor(mechanism.update(row)).clone()
+        for _ in range(3):
+            assert torch.equal(torch.as_tensor(mechanism.last()), release)
+
+
+@every
+def test_it_is_a_mechanism(case):
+    mechanism = case.build()
+    assert isinstance(mechanism, Mechanism)
+    assert mechanism.horizon == HORIZON
+    assert mechanism.t == 0
+
+
+@every
+@pytest.mark.parametrize("at", [1, 2, 7, 8, 19])
+def test_resumes_in_mid_run_bit_for_bit_with_the_same_noise(case, at):
+    check_resume(case.build, at)
+
+
+@every
+def test_a_look_at_the_last_release_draws_nothing(case):
+    check_looks(case.build)
+
+
+@every
+@pytest.mark.parametrize("sizes", [[20], [1, 19], [7, 6, 7], [8, 8, 4]], ids=str)
+def test_many_rows_at_once_are_single_rows(case, sizes):
+    wanted = single(case.build(), rows())
+    mechanism = case.build()
+    found = torch.cat([mechanism.update_many(part) for part in rows().split(sizes)])
+    assert torch.equal(found, wanted)
+    assert found.dtype == wanted.dtype
+    assert torch.equal(torch.as_tensor(mechanism.last()), wanted[-1])
+
+
+@every
+def test_the_seed_decides_and_the_system_where_there_is_none(case):
+    kinds = {"horizon": 200, "interval": 1} if "interval" in settings(case) else {"horizon": 200}
+    stream = rows(200)
+    assert torch.equal(single(case.build(**kinds), stream), single(case.build(**kinds), stream))
+    assert not torch.equal(
+        single(case.build(**kinds), stream), single(case.build(**kinds, seed=2), stream)
+    )
+    one, two = (case.build(**kinds, seed=None) for _ in range(2))
+    assert not torch.equal(single(one, stream), single(two, stream))
+
+
+def settings(case):
+    return inspect.signature(type(case.build())).parameters
+
+
+@every
+def test_leaves_global_randomness_and_its_rows_alone(case):
+    before = global_randomness()
+    stream = rows()
+    kept = stream.clone()
+    for seed in (1, None):
+        mechanism = case.build(seed=seed)
+        mechanism.update(stream[0])
+        mechanism.update_many(stream[1:])
+    assert global_randomness() == before
+    assert torch.equal(stream, kept)
+
+
+@every
+def test_beyond_the_horizon_nothing_is_touched(case):
+    mechanism = case.build()
+    mechanism.update_many(rows(HORIZON - 1))
+    state = written(mechanism.state_dict())
+    message = f"{case.name}: 2 more after {HORIZON - 1} is beyond the horizon of {HORIZON}"
+    with pytest.raises(HorizonExceeded, match=message):
+        mechanism.update_many(rows(2))
+    assert same(state, mechanism.state_dict())
+    mechanism.update(rows()[0])
+    with pytest.raises(HorizonExceeded, match=f"{case.name}: 1 more after {HORIZON}"):
+        mechanism.update(rows()[0])
+    assert issubclass(HorizonExceeded, ValueError)
+
+
+@every
+def test_rows_of_another_shape_are_refused_without_a_trace_and_without_their_values(case):
+    mechanism = case.build()
+    mechanism.update(rows()[0])
+    state = written(mechanism.state_dict())
+    for call in (mechanism.update, mechanism.update_many):
+        with pytest.raises(ValueError, match=f"{case.name}: rows? must have shape") as error:
+            call(torch.full((COLUMNS + 4,), 987_654))
+        assert "987654" not in str(error.value)
+    assert same(state, mechanism.state_dict())
+
+
+@every
+def test_a_state_of_other_settings_is_refused_and_leaves_no_trace(case):
+    state = case.build().state_dict()
+    for kinds, value in (({"horizon": 21}, "21"), ({"columns": 4}, "4")):
+        other = case.build(**kinds)
+        kept = written(other.state_dict())
+        with pytest.raises(ValueError, match=rf"{case.name}.*{value}"):
+            other.load_state_dict(state)
+        assert same(kept, other.state_dict())
+    with pytest.raises(ValueError, match=f"{case.name}: state_dict must hold 'settings'"):
+        case.build().load_state_dict({})
+
+
+@every
+def test_a_state_behind_what_was_published_is_refused_or_paid_for_twice(case):
+    mechanism = case.build()
+    single(mechanism, rows()[:6])
+    state = written(mechanism.state_dict())
+    with pytest.raises(ValueError, match=f"{case.name}: published must be <= 6, .* got 9"):
+        case.build().resume(state, published=9)
+    again = case.build()
+    again.resume(state, published=9, strict=False)
+    assert again.spent.rho == pytest.approx(2 * mechanism.spent.rho)
+    again = case.build()
+    again.resume(state, published=6)
+    assert again.spent == mechanism.spent
+
+
+@every
+def test_the_state_is_written_before_the_release_is_seen(case):
+    states = []
+    mechanism = case.build()
+    release = mechanism.update(rows()[0], commit=lambda state: states.append(written(state)))
+    many = mechanism.update_many(rows()[1:5], commit=lambda state: states.append(written(state)))
+    for state, shown in zip(states, (release, many[-1]), strict=True):
+        again = case.build()
+        again.load_state_dict(state)
+        assert torch.equal(torch.as_tensor(again.last()), torch.as_tensor(shown))
+
+    real = case.build(seed=None)
+    release = real.update(rows()[0], commit=states.append)
+    again = case.build(seed=None)
+    again.load_state_dict(written(states[-1]))
+    assert torch.equal(torch.as_tensor(again.last()), torch.as_tensor(release))
+
+    def full(state):
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        mechanism.update(rows()[5], commit=full)
+
+
+@every
+def test_spending_grows_to_the_budget_and_no_further(case):
+    mechanism = case.build()
+    spent = [mechanism.spent.rho]
+    for row in rows():
+        mechanism.update(row)
+        spent.append(mechanism.spent.rho)
+    assert spent == sorted(spent)
+    assert spent[0] == 0
+    assert spent[-1] == pytest.approx(mechanism.budget.rho, rel=1e-12)
+
+
+@every
+def test_bounds_are_finite_and_wider_where_more_certain(case):
+    mechanism = case.build()
+    bounds = [mechanism.error_bound(beta) for beta in (0.5, 0.05, 1e-9)]
+    assert all(0 < bound < math.inf for bound in bounds)
+    assert bounds == sorted(bounds)
+    with pytest.raises(ValueError, match=f"{case.name}: beta must be > 0 and < 1, got 0"):
+        mechanism.error_bound(0)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
+)
+@every
+def test_a_copy_with_seeded_noise_goes_on_like_the_original(case, copied):
+    mechanism = case.build()
+    single(mechanism, rows()[:7])
+    other = copied(mechanism)
+    assert torch.equal(single(mechanism, rows()[7:]), single(other, rows()[7:]))
+
+
+@every
+def test_repr_names_it_and_warns_of_noise_that_is_not_its_own(case):
+    text = repr(case.build(seed=None))
+    assert text.startswith(f"{case.name}({HORIZON}, ")
+    assert "budget=Budget(rho=0.5)" in text
+    assert "WARNING" not in text
+    assert "WARNING: injected noise, not private" in repr(case.build())
+
+
+@every
+def test_bad_arguments_are_named(case):
+    assert case.bad
+    for kinds, error, message in case.bad:
+        with pytest.raises(error, match=message):
+            case.build(**kinds)
+
+
+@every
+def test_its_page_says_what_it_takes_and_raises(case):
+    doc = inspect.getdoc(type(case.build()))
+    assert "Args:" in doc
+    assert "Raises:" in doc
+    assert ">>>" in doc
+    named = [name for name in settings(case) if name != "self"]
+    assert [name for name in named if f"{name}:" not in doc] == []
+
+
+def _on_rank(rank, size, path):
+    private = OnOneRank(CASES[path].build() if rank == 0 else None)
+    before = global_randomness()
+    # Each rank holds its part of every row: here, the columns of its own.
+    part = torch.arange(COLUMNS) % size == rank
+    found = [torch.as_tensor(private.update(row * part)) for row in rows()]
+    assert global_randomness() == before
+    return torch.stack(found)
+
+
+@every
+@pytest.mark.dist
+def test_two_ranks_with_one_mechanism_release_what_one_process_does(case):
+    wanted = single(case.build(), rows())
+    for found in run_on_ranks(_on_rank, case.path):
+        assert torch.equal(found, wanted)
+
+
+class Forgetful(TreeCounter):
+    """Broken on purpose: after a resume its noise begins again."""
+
+    def load_state_dict(self, state):
+        state = {**state, "inner": {**state["inner"], "noise": {**state["inner"]["noise"]}}}
+        state["inner"]["noise"]["rows"] = {}
+        super().load_state_dict({**state, "noise": {**state["noise"], "used": 0}})
+
+
+class Redrawing(TreeCounter):
+    """Broken on purpose: every look at the last release draws new noise for it."""
+
+    def last(self):
+        shown = super().last()
+        return None if shown is None else shown + self._sum.noise.rows.take(1)[0]
+
+
+def broken(kind):
+    def build(seed=1, **kinds):
+        right = _tree(seed=seed, **kinds)
+        kinds = {"budget": right.budget, "row_sensitivity": right.row_sensitivity}
+        return kind(right.horizon, right.shape, noise=right.noise, **kinds)
+
+    return build
+
+
+def test_the_suite_catches_noise_that_begins_again():
+    check_resume(broken(TreeCounter), 7)
+    with pytest.raises(AssertionError):
+        check_resume(broken(Forgetful), 7)
+
+
+def test_the_suite_catches_noise_that_is_drawn_again():
+    check_looks(broken(TreeCounter))
+    with pytest.raises(AssertionError):
+        check_looks(broken(Redrawing))
