@@ -46,7 +46,7 @@ def round_block(
     """Round a block of columns, carrying each one's error to the others.
 
     Args:
-        w: floating `(B, N)`, dense; w is spent. The kernel takes float32.
+        w: floating `(B, N)`, dense; e is written over it. The kernel takes float32.
         factor: `(B, B)`, of which the upper triangle counts; its rows are dense.
         scales: `(groups, N)`, dense, in w's dtype.
         zeros: uint8 `(groups, N)`, dense, or None where every zero is 8.
@@ -54,7 +54,7 @@ def round_block(
         impl: "triton", "torch", or the first that can run.
 
     Returns:
-        q uint8 `(B, N)`, and e `(B, N)` in w's dtype.
+        q uint8 `(B, N)`, and e `(B, N)`, which is w.
 
     Raises:
         RuntimeError: `impl="triton"` where the kernel cannot run.
@@ -128,14 +128,14 @@ if triton is not None:
                 z = tl.full([OUTPUTS], MIDDLE, tl.float32)
             else:
                 z = tl.load(zeros + group * n + outputs, mask=here, other=0).to(tl.float32)
-            later = tl.load(factor + i * stride + lanes, mask=(lanes >= i) & (lanes < columns))
+            ahead = (lanes > i) & (lanes < columns)
+            later = tl.load(factor + i * stride + lanes, mask=ahead, other=0.0)
             pivot = tl.load(factor + i * stride + i)
             column = tl.sum(tl.where((lanes == i)[:, None], tile, 0.0), 0)
             level = tl.minimum(tl.maximum(tl.div_rn(column, s), -32.0), 32.0)
             level = (level + INTEGER) - INTEGER
             code = tl.minimum(tl.maximum(level + z, 0.0), HIGHEST)
             error = tl.div_rn(column - s * (code - z), pivot)
-            later = tl.where(lanes > i, later, 0.0)
             tile -= later[:, None] * error[None, :]
             tl.store(q + i * n + outputs, code.to(tl.uint8), mask=here)
             tl.store(w + i * n + outputs, error, mask=here)

@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights of four bits: the quantisers that make them."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

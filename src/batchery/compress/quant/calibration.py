@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the layers of a decoder see: its blocks, their inputs, and sums over those for GPTQ.
+
+A decoder is a list of blocks, each of which maps hidden states to hidden states. So a model can be
+quantised block by block: the inputs of the first are caught once, and each block's outputs are the
+inputs of the next. What else a block is given (masks, positions) is caught with them.
+
+Padding is cut off before anything runs: rows of a batch with equally many tokens stay together, the
+others go through the model in turns. Nothing later needs to know about masks, and a router of
+experts never sees padding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from batchery._core.validate import require, require_type
+from batchery.compress.quant.gptq import GPTQ
+
+__all__ = [
+    "BlockCall",
+    "InputWatch",
+    "Target",
+    "catch_inputs",
+    "cut_padding",
+    "decoder_blocks",
+    "digest_of",
+    "targets_of",
+]
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+CACHES = ("past_key_values", "past_key_value")
+
+
+def cut_padding(owner: str, batch: Tensor | Mapping[str, Any]) -> list[Call]:
+    """Turn a calibration batch into calls of the model without padding.
+
+    Args:
+        owner: what errors say.
+        batch: token ids `(B, T)`, or keyword arguments of the model; an `attention_mask` `(B, T)`
+            says what is no padding, and `labels` are dropped.
+
+    Raises:
+        TypeError: the batch is neither.
+        ValueError: a mask has holes.
+
+    Example:
+        >>> ids = torch.arange(6).view(2, 3)
+        >>> calls = cut_padding("me", {"input_ids": ids, "attention_mask": ids > 0})
+        >>> [keywords["input_ids"].tolist() for _, keywords in calls]
+        [[[1, 2]], [[3, 4, 5]]]
+    """
+    if isinstance(batch, Tensor):
+        return [((batch,), {})]
+    known = isinstance(batch, Mapping)
+    require_type(known, owner, "calibration", "must yield tensors or mappings", batch)
+    given = {name: value for name, value in batch.items() if name != "labels"}
+    mask = given.pop("attention_mask", None)
+    if mask is None:
+        return [((), given)]
+    mask = mask.bool()
+    lengths = mask.sum(1)
+    first = mask & ~F.pad(mask, (1, 0))[:, :-1]
+    holes = bool((first.sum(1) > 1).any())
+    require(not holes, owner, "attention_mask", "must be one run of ones a row", "holes")
+
+    def cut(value: Any, rows: Tensor, length: int) -> Any:
+        if not isinstance(value, Tensor) or value.shape[:1] != mask.shape[:1]:
+            return value
+        part = value[rows]
+        if value.shape[:2] != mask.shape:
+            return part
+        return part[mask[rows]].view(len(rows), length, *value.shape[2:])
+
+    calls: list[Call] = []
+    for length in sorted(set(lengths.tolist()) - {0}):
+        rows = (lengths == length).nonzero()[:, 0]
+        calls.append(((), {name: cut(value, rows, length) for name, value in given.items()}))
+    return calls
+
+
+def digest_of(calls: Sequence[Call]) -> str:
+    """Return a hash of all tensors in some calls."""
+    digest = hashlib.sha256()
+    for positional, keywords in calls:
+        for name, value in (*enumerate(positional), *sorted(keywords.items())):
+            if isinstance(value, Tensor):
+                data = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
+                digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+                digest.update(data.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def decoder_blocks(owner: str, model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Find the blocks: the longest outermost list of modules of one class that hold linear layers.
+
+    Returns:
+        The name of the list in the model, and the list.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") for outer, _ in found):
+            continue
+        if isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1:
+            if any(isinstance(inner, nn.Linear) for inner in module.modules()):
+                found.append((name, module))
+    kind = type(model).__name__
+    require(bool(found), owner, "model", "must have a list of blocks with linear layers", kind)
+    return max(found, key=lambda entry: len(entry[1]))
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """What a block is given beside hidden states."""
+
+    positional: tuple[Any, ...]
+    keywords: dict[str, Any]
+    by_keyword: bool
+
+    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Run a block on hidden states and return its hidden states."""
+        if self.by_keyword:
+            out = block(*self.positional, hidden_states=hidden, **self.keywords)
+        else:
+            out = block(hidden, *self.positional, **self.keywords)
+        return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
+
+
+class _AllSeen(Exception):
+    """The last block was reached."""
+
+
+@torch.no_grad()
+def catch_inputs(
+    owner: str, model: nn.Module, blocks: Sequence[nn.Module], calls: Iterable[Call]
+) -> tuple[list[Tensor], list[list[BlockCall]]]:
+    """Run the model up to its last block.
+
+    Returns:
+        For each call the hidden states before the first block; and for each block its calls.
+
+    Raises:
+        RuntimeError: the model does not call its blocks one after another.
+    """
+    device = next(model.parameters()).device
+    states: list[Tensor] = []
+    caught: list[list[BlockCall]] = [[] for _ in blocks]
+    place = 0
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal place
+        if module is not blocks[place]:
+            raise RuntimeError(f"{owner}: the model does not call its blocks in their order")
+        kept = {name: None if name in CACHES else value for name, value in kwargs.items()}
+        hidden: Any = args[0] if args else kept.pop("hidden_states")
+        if place == 0:
+            states.append(hidden)
+        caught[place].append(BlockCall(args[1:], kept, by_keyword=not args))
+        place += 1
+        if place == len(blocks):
+            raise _AllSeen
+
+    unique = dict.fromkeys(blocks)
+    handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in unique]
+    body = getattr(model, "base_model", model)  # no need of logits
+    try:
+        for args, kwargs in calls:
+            place = 0
+            with contextlib.suppress(_AllSeen):
+                body(*_moved(args, device), **_moved(kwargs, device))
+            if place < len(blocks):
+                raise RuntimeError(f"{owner}: the model called {place} of {len(blocks)} blocks")
+    finally:
+        for handle in handles:
+            handle.remove()
+    return states, caught
+
+
+def _moved(values: Any, device: torch.device) -> Any:
+    if isinstance(values, dict):
+        return {name: _moved(value, device) for name, value in values.items()}
+    if isinstance(values, tuple):
+        return tuple(_moved(value, device) for value in values)
+    return values.to(device) if isinstance(values, Tensor) else values
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight to quantise.
+
+    Attributes:
+        name: of the linear module in the model; of an expert of a stacked parameter, the
+            parameter's name and the expert's number.
+        weight: `(N, K)`, sharing the model's memory.
+        role: of experts, the name with the expert's number left out; else None.
+    """
+
+    name: str
+    weight: Tensor
+    role: str | None
+
+
+def targets_of(block: nn.Module, prefix: str, exclude: Sequence[str]) -> list[Target]:
+    """Find the linear layers of a block, and the stacked experts of transformers.
+
+    Args:
+        block: the block.
+        prefix: its name in the model.
+        exclude: shell-style patterns of full names.
+    """
+    targets: list[Target] = []
+    lists = [name for name, inner in block.named_modules() if isinstance(inner, nn.ModuleList)]
+    for name, module in block.named_modules():
+        full = f"{prefix}.{name}" if name else prefix
+        if isinstance(module, nn.Linear):
+            around = [outer for outer in lists if name.startswith(f"{outer}.")]
+            role = None
+            if around:
+                inside = name.removeprefix(f"{around[-1]}.").split(".", 1)
+                role = ".".join([prefix, around[-1], "*", *inside[1:]])
+            targets.append(Target(full, module.weight.detach(), role))
+        elif type(module).__name__.endswith("Experts"):
+            for own, stack in module.named_parameters(recurse=False):
+                if stack.dim() == 3:
+                    for expert, weight in enumerate(stack.detach()):
+                        entry = Target(f"{full}.{own}.{expert}", weight, f"{full}.{own}.*")
+                        targets.append(entry)
+
+    def wanted(target: Target) -> bool:
+        return not any(fnmatch.fnmatchcase(target.name, pattern) for pattern in exclude)
+
+    return [target for target in targets if wanted(target)]
+
+
+class InputWatch(TorchFunctionMode):
+    """While active, sums the inputs of each target; targets with one input share one sum.
+
+    It sees products by `torch.nn.functional.linear`, whatever module makes them.
+    """
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        """Watch some targets."""
+        super().__init__()
+        self._targets = {target.weight.data_ptr(): target for target in targets}
+        self._leaders: dict[str, str] = {}
+        self._sums: dict[str, GPTQ] = {}
+        self._inputs: dict[int, tuple[str, Tensor]] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Look at linear products, and let everything pass."""
+        kwargs = kwargs or {}
+        if func is F.linear:
+            given = {**dict(zip(("input", "weight"), args, strict=False)), **kwargs}
+            self._see(given["input"], given["weight"])
+        return func(*args, **kwargs)
+
+    def begin(self) -> None:
+        """Forget the tensors of the last call."""
+        self._inputs.clear()
+
+    def _see(self, x: Tensor, weight: Tensor) -> None:
+        target = self._targets.get(weight.data_ptr())
+        if target is None or x.numel() == 0:
+            return
+        # The tensor is kept, so that no other gets its identity.
+        first, _ = self._inputs.setdefault(id(x), (target.name, x))
+        leader = self._leaders.setdefault(target.name, first)
+        if leader == target.name:
+            if leader not in self._sums:
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                k = weight.shape[1]
+                self._sums[leader] = GPTQ(
+                    k, device=weight.device, dtype=wide, name=f"GPTQ of {leader}"
+                )
+            self._sums[leader].add_batch(x)
+        elif leader != first:
+            raise RuntimeError(
+                f"{target.name} had the input of {leader} before, now that of {first}"
+            )
+
+    def seen(self, name: str) -> GPTQ | None:
+        """Return what a target saw, None if nothing."""
+        leader = self._leaders.get(name)
+        return None if leader is None else self._sums[leader]
+
+
+@contextlib.contextmanager
+def ready_to_watch(model: nn.Module) -> Iterator[None]:
+    """Evaluate without cache, and let experts multiply one by one; then restore all that."""
+    training = model.training
+    config = getattr(model, "config", None)
+    cache = getattr(config, "use_cache", None)
+    experts = getattr(config, "_experts_implementation", None)
+    model.eval()
+    try:
+        if cache is not None:
+            config.use_cache = False  # type: ignore[union-attr]
+        if experts is not None:
+            model.set_experts_implementation("eager")  # type: ignore[operator]
+        yield
+    finally:
+        model.train(training)
+        if cache is not None:
+            config.use_cache = cache  # type: ignore[union-attr]
+        if experts is not None:
+            model.set_experts_implementation(experts)  # type: ignore[operator]

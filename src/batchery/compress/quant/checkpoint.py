@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantised models as folders of safetensors, in the formats of other tools.
+
+`load_quantized` reads what GPTQModel, AutoGPTQ, AutoAWQ and compressed-tensors wrote, into a
+transformers model or into any module; `save_quantized` writes what they, and the servers that read
+theirs, load. transformers' own `from_pretrained` does it too after `enable_transformers()`.
+
+A layer is quantised if its file has the words of its weight; the folder's config.json says how to
+read them. Every tensor is checked, and errors name it and its file. Nothing is unpickled.
+"""
+
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from batchery._core.state import atomic_write
+from batchery._core.validate import import_extra, one_of, require
+from batchery.compress.quant.folder import CONFIG, INDEX, WHOLE, SafetensorsFolder
+from batchery.compress.quant.linear import QuantLinear
+from batchery.compress.quant.scheme import FORMATS, NAMES, Format, Scheme, layers_of
+
+__all__ = ["load_quantized", "quantized_state_dict", "save_quantized"]
+
+SHARD_BYTES = 5_000_000_000
+
+
+def load_quantized(
+    model_or_path: nn.Module | str | Path,
+    *,
+    into: nn.Module | None = None,
+    format: Format | Literal["auto"] = "auto",
+    device: torch.device | str | None = None,
+) -> Any:
+    """Make a model whose quantised layers are `QuantLinear`.
+
+    Args:
+        model_or_path: a folder with safetensors and config.json. Or a model with layers of
+            another tool that hold its tensors (`qweight` and so on): they are replaced in place.
+        into: module that gets the weights, its `nn.Linear` replaced where they are quantised; its
+            names are those of the files. Without it the folder is a transformers causal language
+            model, which is built.
+        format: what the tensors are, where the config does not say or is wrong.
+        device: where quantised layers go; by default where the replaced ones are.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: files are damaged, a tensor is missing or does not fit, or the config is of no
+            four-bit format; tensor and file are named.
+        FileNotFoundError: the folder or its safetensors are not there.
+
+    Example:
+        >>> import tempfile
+        >>> from batchery.compress.quant.rtn import quantize_rtn
+        >>> linear = nn.Linear(64, 32)
+        >>> layer = QuantLinear.from_linear(linear, quantize_rtn(linear.weight, group_size=32))
+        >>> folder = save_quantized(nn.Sequential(layer), tempfile.mkdtemp(), format="awq")
+        >>> load_quantized(folder, into=nn.Sequential(nn.Linear(64, 32)))
+        Sequential(
+          (0): QuantLinear(in_features=64, out_features=32, bias=True, bits=4, group_size=32)
+        )
+    """
+    if isinstance(model_or_path, nn.Module):
+        require(into is None, "load_quantized", "into", "needs a path, not a model", type(into))
+        return _convert(model_or_path, format, device)
+    folder = SafetensorsFolder(model_or_path)
+    if into is None:
+        from batchery.compress.quant.transformers_plugin import from_pretrained
+
+        return from_pretrained(folder.path, folder.config(), format=format, device=device)
+    scheme = Scheme.parse(folder.config(), form=format)
+    layers = layers_of(folder.files, scheme.family)
+    read = {}
+    for name, names in layers.items():
+        linear = linear_named(into, name, folder.where(names))
+        tensors = {own: folder.tensor(full) for own, full in names.items()}
+        if f"{name}.bias" in folder.files:
+            tensors["bias"] = folder.tensor(f"{name}.bias")
+        read[name] = read_layer(scheme, tensors, linear, folder.where(names), device)
+    for name, layer in read.items():
+        replace_module(into, name, layer)
+    taken = {full for names in layers.values() for full in names.values()}
+    taken |= {f"{name}.bias" for name in layers}
+    rest = {name: folder.tensor(name) for name in folder.files if name not in taken}
+    _load_rest(into, rest, set(layers), folder)
+    return into
+
+
+def save_quantized(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    format: Format = "gptq_v2",
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write a model with `QuantLinear` layers as a folder that other tools read.
+
+    Every file is written whole or not at all, config.json last; without it nothing is read.
+    Scales go to float16 in all formats but compressed-tensors. A transformers model's folder has
+    its config and can be loaded by name; any other model's has the quantisation's alone.
+
+    Args:
+        model: has at least one `QuantLinear`.
+        path: the folder; it is made.
+        format: "gptq_v2", "gptq_v1" (for older readers), "compressed-tensors", "awq" or "marlin".
+            Act-order goes best to GPTQ: newer versions of compressed-tensors have given it up.
+        shard_bytes: size above which the weights are cut into several files.
+
+    Returns:
+        The folder; `load_quantized` shows one.
+
+    Raises:
+        ValueError: the format cannot hold a layer, or layers differ in what one config must say.
+    """
+    path = Path(path)
+    safetensors = import_extra("safetensors.torch", "hf", "save_quantized")
+    scheme = _scheme_of(dict(quant_layers(model)), format)
+    shards = list(_shards(quantized_state_dict(model, scheme), shard_bytes))
+    files: dict[str, str] = {}
+    # Weights under another config would be read wrongly: a folder left half-written has none.
+    (path / CONFIG).unlink(missing_ok=True)
+    for place, tensors in enumerate(shards, 1):
+        file = f"model-{place:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else WHOLE
+        data = safetensors.save(tensors, metadata={"format": "pt"})
+        atomic_write(path / file, data)
+        files |= dict.fromkeys(tensors, file)
+    for old in path.glob("*.safetensors"):
+        if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", old.name):
+            if old.name not in files.values():
+                old.unlink()
+    if len(shards) > 1:
+        size = sum(tensor.nbytes for tensors in shards for tensor in tensors.values())
+        index = {"metadata": {"total_size": size}, "weight_map": files}
+        atomic_write(path / INDEX, _json(index))
+    else:
+        (path / INDEX).unlink(missing_ok=True)
+    kept = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    quantised = [name.rpartition(".")[2] for name, _ in quant_layers(model)]
+    _write_configs(model, path, scheme.config(kept, lm_head="lm_head" in quantised))
+    return path
+
+
+def quantized_state_dict(model: nn.Module, scheme: Scheme) -> dict[str, Tensor]:
+    """Return a model's state with quantised layers in a checkpoint's format, tied tensors once."""
+    layers = dict(quant_layers(model))
+    state: dict[str, Tensor] = {}
+    seen = set()
+    for name, tensor in _state_without(model, layers).items():
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and place in seen:
+            continue
+        seen.add(place)
+        state[name] = tensor.detach().contiguous()
+    for name, layer in layers.items():
+        prefix = f"{name}." if name else ""
+        packed = scheme.write(layer.quantized_weight())
+        if layer.bias is not None:
+            packed["bias"] = layer.bias.detach()
+        state |= {prefix + own: tensor.cpu() for own, tensor in packed.items()}
+    return state
+
+
+def _state_without(
+    model: nn.Module, layers: Collection[str], *, keep_vars: bool = False
+) -> dict[str, Tensor]:
+    """Return the state of all modules but `layers`, without packing theirs."""
+    prefixes = tuple(f"{name}." for name in layers)
+    state: dict[str, Any] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name in layers or name.startswith(prefixes):
+            continue
+        prefix = f"{name}." if name else ""
+        module._save_to_state_dict(state, prefix, keep_vars)
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _scheme_of(layers: Mapping[str, QuantLinear], name: Format) -> Scheme:
+    """Return the scheme to store layers by, or raise if one config cannot describe them."""
+    owner = "save_quantized"
+    one_of(owner, "format", name, FORMATS)
+    require(bool(layers), owner, "model", "must have a QuantLinear", "none")
+    whole = {layer.in_features for layer in layers.values() if _one_group(layer)}
+    sizes = {layer.group_size for layer in layers.values() if not _one_group(layer)}
+    # Where K is the group size of other layers, one group a row is nothing special.
+    agree = len(sizes) <= 1 and (not sizes or whole <= sizes)
+    found = {name: layer.group_size for name, layer in layers.items()}
+    require(agree, owner, "group_size", "must be one for all layers", found)
+    return Scheme(
+        family="gptq" if name.startswith("gptq") else name,
+        version=1 if name == "gptq_v1" else 2 if name == "gptq_v2" else None,
+        group_sizes=(sizes.pop() if sizes else -1,),
+        symmetric=all(layer.zeros is None for layer in layers.values()),
+        act_order=any(layer.g_idx is not None for layer in layers.values()),
+    )
+
+
+def _one_group(layer: QuantLinear) -> bool:
+    return layer.group_size == layer.in_features
+
+
+def quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
+    """Yield the quantised layers and their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            yield name, module
+
+
+def linear_named(model: nn.Module, name: str, where: str) -> nn.Linear:
+    """Return a linear layer, or raise a ValueError that says which file wants it."""
+    try:
+        linear = model.get_submodule(name)
+    except AttributeError:
+        linear = nn.Identity()
+    if not isinstance(linear, nn.Linear):
+        raise ValueError(f"load_quantized: the model has no nn.Linear {where}")
+    return linear
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module | Tensor) -> None:
+    """Put a module (or a parameter) in the place of another."""
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, module)
+
+
+def read_layer(
+    scheme: Scheme,
+    tensors: Mapping[str, Tensor],
+    linear: nn.Linear,
+    where: str,
+    device: torch.device | str | None = None,
+) -> QuantLinear:
+    """Make the layer that replaces `linear`."""
+    qw = scheme.read(tensors, where)
+    shape = (linear.out_features, linear.in_features)
+    require(qw.shape == shape, "load_quantized", f"weight of {where}", f"must be {shape}", qw.shape)
+    had = linear.weight.device
+    device = device or (qw.q.device if had.type == "meta" else had)
+    bias = tensors.get("bias")
+    if linear.bias is None and bias is not None and not bias.any():
+        bias = None  # some tools write zeros for layers without a bias
+    sizes = None if bias is None else tuple(bias.shape)
+    fits = sizes == shape[:1] or (bias is None and linear.bias is None)
+    require(fits, "load_quantized", f"bias of {where}", f"must be {shape[:1]}", sizes)
+    dtype = linear.weight.dtype
+    layer = QuantLinear.from_quantized(qw, bias, device=device, dtype=dtype)
+    return layer.train(linear.training)
+
+
+def _convert(
+    model: nn.Module, form: Format | Literal["auto"], device: torch.device | str | None
+) -> nn.Module:
+    """Replace modules that hold another tool's tensors."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is not None:
+        config = config if isinstance(config, dict) else config.to_dict()
+    known = config is not None or form != "auto"
+    require(known, "load_quantized", "format", "must be given: the model has no config", form)
+    scheme = Scheme.parse(config or {}, form=form)
+    names = NAMES[scheme.family]
+    found = 0
+    for name, module in list(model.named_modules()):
+        tensors = {own: getattr(module, own, None) for own in (*names, "bias")}
+        held = all(isinstance(tensors[own], Tensor) for own in names[:2])
+        if isinstance(module, QuantLinear) or not held:
+            continue
+        there = {own: t.detach() for own, t in tensors.items() if isinstance(t, Tensor)}
+        qw = scheme.read(there, name)
+        layer = QuantLinear.from_quantized(qw, there.get("bias"), device=device)
+        replace_module(model, name, layer.train(module.training))
+        found += 1
+    rule = f"must have layers with {names[0]} and {names[1]}"
+    require(found > 0, "load_quantized", "model", rule, "none")
+    return model
+
+
+def _load_rest(
+    model: nn.Module, rest: dict[str, Tensor], layers: set[str], folder: SafetensorsFolder
+) -> None:
+    """Load what is not quantised; only tied tensors may be missing."""
+    named = _state_without(model, layers, keep_vars=True)
+    tied: dict[int, list[str]] = {}
+    for name, tensor in named.items():
+        tied.setdefault(id(tensor), []).append(name)
+    on_meta = any(tensor.is_meta for tensor in named.values())
+    found = model.load_state_dict(rest, strict=False, assign=on_meta)
+    owner, where = "load_quantized", f"files in {folder.path.name}"
+    extra = found.unexpected_keys
+    require(not extra, owner, where, "must have tensors of the model alone", extra[:3])
+    for names in tied.values():
+        given = [name for name in names if name in rest]
+        require(bool(given), owner, where, "must have all tensors of the model", f"no {names[0]}")
+        if on_meta:
+            module, _, own = given[0].rpartition(".")
+            tensor = getattr(model.get_submodule(module), own)
+            for name in names:
+                replace_module(model, name, tensor)
+
+
+def _shards(state: Mapping[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
+    """Cut a state into parts of at most `limit` bytes, or of one tensor."""
+    part: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in state.items():
+        if part and size + tensor.nbytes > limit:
+            yield part
+            part, size = {}, 0
+        part[name] = tensor.cpu()
+        size += tensor.nbytes
+    yield part
+
+
+def _write_configs(model: nn.Module, path: Path, quantization: dict[str, Any]) -> None:
+    config = getattr(model, "config", None)
+    content: dict[str, Any] = {}
+    if config is not None and hasattr(config, "to_dict"):
+        content = config.to_dict()
+        content["architectures"] = [type(model).__name__]
+        dtype = getattr(model, "dtype", None)
+        if dtype is not None:  # else a reader may take the scales' dtype for the model's
+            content["dtype"] = str(dtype).removeprefix("torch.")
+        if isinstance(getattr(model, "get_output_embeddings", lambda: None)(), QuantLinear):
+            content["tie_word_embeddings"] = False
+        generation = getattr(model, "generation_config", None)
+        if generation is not None and hasattr(generation, "to_json_string"):
+            atomic_write(path / "generation_config.json", generation.to_json_string().encode())
+    content["quantization_config"] = quantization
+    atomic_write(path / CONFIG, _json(content))
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()

@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GPTQ for a whole decoder, block by block, each block fed by the quantised ones before it.
+
+When to use: a causal model of transformers, or any model with a list of blocks, and some hundred
+sequences of text like that which it will read. When not: a model that does not fit the device with
+the hidden states of all calibration sequences.
+
+    hidden states before block 0          by the model itself
+    for each block:
+        H of each input of a linear       one run over all sequences; q, k and v share theirs
+        q, s, z of its weights            GPTQ, the layers of one input in one factorisation
+        hidden states after it            one run more, with the quantised weights
+
+The weights in the model are replaced by their dequantised values; the quantised ones are in the
+report, by the names of their modules.
+
+Reference: Frantar et al., GPTQ, arXiv 2210.17323. Where we differ: padding is cut off; an expert of
+few tokens takes the inputs of all experts; an interrupted run goes on from its last whole block.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from batchery._core.validate import integer, require
+from batchery.compress.quant.calibration import (
+    BlockCall,
+    InputWatch,
+    Target,
+    catch_inputs,
+    cut_padding,
+    decoder_blocks,
+    digest_of,
+    ready_to_watch,
+    targets_of,
+)
+from batchery.compress.quant.gptq import GPTQ
+from batchery.compress.quant.kept_blocks import Done, KeptBlocks, LayerReport
+from batchery.compress.quant.rtn import quantize_rtn
+from batchery.compress.quant.weight import QuantizedWeight, dequantize
+
+__all__ = ["EXCLUDED", "QuantizationReport", "gptq_quantize_model", "rtn_quantize_model"]
+
+EXCLUDED = ("lm_head", "*.gate", "*.router", "*.shared_expert_gate")
+
+OWNER = "gptq_quantize_model"
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What `gptq_quantize_model` did.
+
+    Attributes:
+        weights: quantised weight by the name of its module; tied modules share one.
+        layers: in the order of the model; tied ones once.
+        seconds: of the whole call.
+    """
+
+    weights: dict[str, QuantizedWeight]
+    layers: list[LayerReport]
+    seconds: float
+
+
+def gptq_quantize_model(
+    model: nn.Module,
+    calibration: Iterable[Tensor | Mapping[str, Any]],
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    symmetric: bool = True,
+    act_order: bool = False,
+    static_groups: bool = True,
+    damp: float = 0.01,
+    block_size: int = 128,
+    clip_search: bool = False,
+    exclude: Sequence[str] = EXCLUDED,
+    min_expert_tokens: int = 256,
+    folder: str | Path | None = None,
+    progress: bool = True,
+) -> QuantizationReport:
+    """Quantise the linear layers of a decoder's blocks; their weights are replaced in place.
+
+    What is outside the blocks (embeddings, head) stays as it is. Experts are quantised one by one,
+    whether they are modules in a list or the stacked parameters of transformers' `…Experts`; those
+    stored transposed must be excluded. After an error or an interruption the blocks that were
+    finished are quantised, the others as they were.
+
+    Args:
+        model: on the device that shall compute.
+        calibration: batches: token ids `(B, T)`, or keyword arguments of the model, whose
+            `attention_mask` says what is padding.
+        bits: as in `GPTQ.quantize`, with the seven that follow.
+        group_size: see there.
+        symmetric: see there.
+        act_order: see there.
+        static_groups: see there.
+        damp: see there.
+        block_size: see there.
+        clip_search: see there.
+        exclude: shell-style patterns of module names to leave alone; routers by default.
+        min_expert_tokens: an expert that saw fewer is quantised for the inputs of all experts of
+            its layer.
+        folder: where finished blocks are kept, so that a call with the same model as it was, the
+            same data and settings goes on where another was interrupted.
+        progress: show a bar.
+
+    Raises:
+        ValueError: a setting that does not fit a layer; no tokens, or none that reach some layer;
+            inputs that are not finite; a folder of another model, data or settings.
+        RuntimeError: the model does not call its blocks one after another.
+
+    Example:
+        >>> from torch import nn
+        >>> blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        >>> class Model(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.blocks = blocks
+        ...     def forward(self, x):
+        ...         for block in self.blocks:
+        ...             x = block(x)
+        ...         return x
+        >>> report = gptq_quantize_model(
+        ...     Model(), [torch.randn(4, 10, 8)], group_size=4, progress=False
+        ... )
+        >>> sorted(report.weights), report.layers[0].tokens
+        (['blocks.0', 'blocks.1'], 40)
+    """
+    begin = time.perf_counter()
+    integer(OWNER, "min_expert_tokens", min_expert_tokens, at_least=1)
+    how = {
+        "bits": bits,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "act_order": act_order,
+        "static_groups": static_groups,
+        "damp": damp,
+        "block_size": block_size,
+        "clip_search": clip_search,
+    }
+    blocks, targets_in = _blocks_and_targets(OWNER, model, exclude, group_size)
+    calls = [call for batch in calibration for call in cut_padding(OWNER, batch)]
+    require(bool(calls), OWNER, "calibration", "must hold tokens", "none")
+    kept = None
+    if folder is not None:
+        settings = {**how, "exclude": list(exclude), "min_expert_tokens": min_expert_tokens}
+        kept = KeptBlocks(OWNER, Path(folder), {**settings, "calibration": digest_of(calls)})
+    weights: dict[str, QuantizedWeight] = {}
+    layers: list[LayerReport] = []
+    names: dict[int, str] = {}  # address of a weight → the first module that has it
+    with ready_to_watch(model), torch.no_grad():
+        states, caught = catch_inputs(OWNER, model, list(blocks), calls)
+        del calls
+        places = tqdm(range(len(blocks)), "GPTQ", unit="block", disable=not progress)
+        for place in places:
+            block, own_calls, found = blocks[place], caught[place], targets_in[place]
+            targets = _not_yet_known(found, names)
+            done = None if kept is None else kept.load(place, targets)
+            if done is None:
+                done = _quantize_block(block, targets, own_calls, states, how, min_expert_tokens)
+                if kept is not None:
+                    kept.save(place, targets, *done)
+            quantized, reports = done
+            weights |= quantized
+            for target in targets:
+                target.weight.copy_(dequantize(quantized[target.name], target.weight.dtype))
+            for target in found:
+                weights[target.name] = weights[names[target.weight.data_ptr()]]
+            layers += reports
+            if place + 1 < len(blocks):
+                for i, call in enumerate(own_calls):
+                    states[i] = call(block, states[i])
+            own_calls.clear()
+    return QuantizationReport(weights, layers, time.perf_counter() - begin)
+
+
+@torch.no_grad()
+def rtn_quantize_model(
+    model: nn.Module,
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    symmetric: bool = True,
+    clip_search: bool = False,
+    exclude: Sequence[str] = EXCLUDED,
+) -> dict[str, QuantizedWeight]:
+    """Round the linear layers of a decoder's blocks to nearest; their weights are replaced.
+
+    Args:
+        model: any that `gptq_quantize_model` takes.
+        bits: as in `quantize_rtn`, with the three that follow.
+        group_size: see there.
+        symmetric: see there.
+        clip_search: see there.
+        exclude: shell-style patterns of module names to leave alone; routers by default.
+
+    Returns:
+        Quantised weight by the name of its module.
+
+    Raises:
+        ValueError: a setting that does not fit a layer.
+    """
+    how: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "clip_search": clip_search}
+    _, targets_in = _blocks_and_targets("rtn_quantize_model", model, exclude, group_size)
+    weights: dict[str, QuantizedWeight] = {}
+    names: dict[int, str] = {}
+    for found in targets_in:
+        for target in _not_yet_known(found, names):
+            qw = quantize_rtn(target.weight, group_size=group_size, **how)
+            target.weight.copy_(dequantize(qw, target.weight.dtype))
+            weights[target.name] = qw
+        for target in found:
+            weights[target.name] = weights[names[target.weight.data_ptr()]]
+    return weights
+
+
+def _blocks_and_targets(
+    owner: str, model: nn.Module, exclude: Sequence[str], group_size: int
+) -> tuple[nn.ModuleList, list[list[Target]]]:
+    """Return the blocks of a model and what to quantise in each."""
+    name, blocks = decoder_blocks(owner, model)
+    found = [targets_of(block, f"{name}.{place}", exclude) for place, block in enumerate(blocks)]
+    for target in (target for targets in found for target in targets):
+        k = target.weight.shape[1]
+        fits = group_size == -1 or (group_size > 0 and k % group_size == 0)
+        require(fits, owner, "group_size", f"must divide K = {k} of {target.name}", group_size)
+    return blocks, found
+
+
+def _not_yet_known(found: Sequence[Target], names: dict[int, str]) -> list[Target]:
+    """Return the targets whose weights have no name in `names`, and give them one."""
+    new = []
+    for target in found:
+        if names.setdefault(target.weight.data_ptr(), target.name) == target.name:
+            new.append(target)
+    return new
+
+
+def _quantize_block(
+    block: nn.Module,
+    targets: Sequence[Target],
+    calls: Sequence[BlockCall],
+    states: Sequence[Tensor],
+    how: dict[str, Any],
+    min_expert_tokens: int,
+) -> Done:
+    """Watch a block at work, then quantise its targets; the model is left as it is."""
+    watch = InputWatch(targets)
+    with watch:
+        for call, hidden in zip(calls, states, strict=True):
+            watch.begin()
+            call(block, hidden)
+    watch.begin()
+    shared: dict[int, tuple[GPTQ, list[Target]]] = {}
+    unions: dict[str, GPTQ] = {}
+    for target in targets:
+        gptq = watch.seen(target.name)
+        if target.role is not None and (gptq is None or gptq.tokens < min_expert_tokens):
+            if target.role not in unions:
+                unions[target.role] = _union(target.role, targets, watch)
+            gptq = unions[target.role]
+        enough = gptq is not None and gptq.tokens > 0
+        require(enough, OWNER, "calibration", "must reach every layer", f"none at {target.name}")
+        if gptq is not None:
+            shared.setdefault(id(gptq), (gptq, []))[1].append(target)
+    quantized: dict[str, QuantizedWeight] = {}
+    reports: dict[str, LayerReport] = {}
+    for gptq, members in shared.values():
+        for name, qw, report in _quantize_together(gptq, members, how):
+            quantized[name], reports[name] = qw, report
+    return quantized, [reports[target.name] for target in targets]
+
+
+def _union(role: str, targets: Sequence[Target], watch: InputWatch) -> GPTQ:
+    """Return what all experts of a role saw."""
+    alike = [target for target in targets if target.role == role]
+    parts = {id(gptq): gptq for gptq in (watch.seen(target.name) for target in alike) if gptq}
+    weight = alike[0].weight
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    union = GPTQ(weight.shape[1], device=weight.device, dtype=wide, name=f"GPTQ of {role}")
+    union.merge(list(parts.values()))
+    return union
+
+
+def _quantize_together(
+    gptq: GPTQ, members: Sequence[Target], how: dict[str, Any]
+) -> list[tuple[str, QuantizedWeight, LayerReport]]:
+    """Quantise layers that share their inputs."""
+    begin = time.perf_counter()
+    stacked = gptq.quantize(torch.cat([target.weight for target in members]), **how)
+    plain = {name: how[name] for name in ("bits", "group_size", "symmetric", "clip_search")}
+    found = []
+    row = 0
+    for target in members:
+        qw = stacked.rows(row, row + len(target.weight))
+        row += len(target.weight)
+        size = gptq.energy(target.weight) or 1.0  # a layer of zeros has no error
+        error = gptq.hessian_error(target.weight, qw) / size
+        rtn_error = gptq.hessian_error(target.weight, quantize_rtn(target.weight, **plain)) / size
+        found.append((target, qw, error, rtn_error))
+    seconds = time.perf_counter() - begin
+    return [
+        (
+            target.name,
+            qw,
+            LayerReport(
+                target.name, gptq.tokens, error, rtn_error, seconds * len(target.weight) / row
+            ),
+        )
+        for target, qw, error, rtn_error in found
+    ]

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint's `quantization_config` says of its weights, and one layer read by it.
+
+`Scheme.parse` reads the configs of GPTQModel, AutoGPTQ, AutoAWQ, MARLIN and compressed-tensors, and
+refuses what is no four-bit weight with 16-bit activations. `Scheme.config` writes them.
+`Scheme.read` and `Scheme.write` go between the tensors of a layer and a `QuantizedWeight`.
+
+Which layers are quantised is not asked of the config: the tensors' names say it.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from batchery._core.validate import one_of, require
+from batchery.compress.quant.formats import (
+    pack_awq,
+    pack_compressed_tensors,
+    pack_gptq,
+    unpack_awq,
+    unpack_compressed_tensors,
+    unpack_gptq,
+)
+from batchery.compress.quant.formats_marlin import pack_marlin, unpack_marlin
+from batchery.compress.quant.weight import MIDDLE, QuantizedWeight
+
+__all__ = ["Format", "Scheme", "layers_of"]
+
+Format = Literal["gptq_v1", "gptq_v2", "awq", "compressed-tensors", "marlin"]
+FORMATS = get_args(Format)
+OWNER = "quantization_config"
+_VERSIONS: dict[str, Literal[1, 2]] = {"gptq_v1": 1, "gptq_v2": 2}
+
+# The tensor that only a quantised layer has, and what else it may have.
+LEADING = {
+    "gptq": "qweight",
+    "awq": "qweight",
+    "compressed-tensors": "weight_packed",
+    "marlin": "B",
+}
+NAMES = {
+    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
+    "awq": ("qweight", "qzeros", "scales"),
+    "compressed-tensors": (
+        *("weight_packed", "weight_scale", "weight_shape"),
+        *("weight_zero_point", "weight_g_idx"),
+    ),
+    "marlin": ("B", "s", "workspace"),
+}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How all quantised layers of a checkpoint are stored.
+
+    Attributes:
+        family: "gptq", "awq", "compressed-tensors" or "marlin".
+        version: of GPTQ's zeros, 1 or 2; None where the config does not say.
+        group_sizes: allowed sizes of groups, -1 for one group a row; empty: any.
+        symmetric: no zeros; None where the config does not say.
+        act_order: groups follow the order of activations.
+
+    Example:
+        >>> scheme = Scheme.parse({"quant_method": "gptq", "bits": 4, "group_size": 128})
+        >>> scheme.family, scheme.group_sizes, scheme.version
+        ('gptq', (128,), None)
+    """
+
+    family: str
+    version: Literal[1, 2] | None = None
+    group_sizes: tuple[int, ...] = ()
+    symmetric: bool | None = None
+    act_order: bool = False
+
+    @classmethod
+    def parse(
+        cls, config: Mapping[str, Any], *, form: Format | Literal["auto"] = "auto"
+    ) -> "Scheme":
+        """Read a `quantization_config`.
+
+        Args:
+            config: as in config.json; GPTQ's older quantize_config.json has no `quant_method`.
+            form: what the tensors really are, where the config is silent or wrong.
+
+        Raises:
+            ValueError: these are no four-bit weights that we read; the entry is named.
+        """
+        one_of("load_quantized", "format", form, ("auto", *FORMATS))
+        if not config and form != "auto":
+            return cls(form.partition("_v")[0], _VERSIONS.get(form))
+        method = config.get("quant_method", "gptq" if "bits" in config else None)
+        if form == "compressed-tensors" or (form == "auto" and method == "compressed-tensors"):
+            return _parse_compressed_tensors(config)
+        if form == "auto":
+            one_of(OWNER, "quant_method", method, ("gptq", "awq", "compressed-tensors", "marlin"))
+        bits = config.get("bits", config.get("w_bit", 4))
+        require(bits == 4, OWNER, "bits", "must be 4", bits)
+        stored = config.get("checkpoint_format", config.get("format"))
+        marlin = method == "marlin" or stored == "marlin" or config.get("is_marlin_format")
+        family = "marlin" if marlin else str(method)
+        version = _VERSIONS.get("gptq_v1" if stored == "gptq" else str(stored))
+        if form != "auto":
+            family, version = form.partition("_v")[0], _VERSIONS.get(form)
+        elif family == "gptq":
+            one_of(OWNER, "checkpoint_format", stored, ("gptq", "gptq_v2", "marlin", None))
+        elif family == "awq":
+            kind = str(config.get("version") or stored or "gemm").lower()
+            one_of(OWNER, "version", kind, ("gemm",))
+        sizes = [config.get("group_size", config.get("q_group_size"))]
+        sizes += [own.get("group_size") for own in (config.get("dynamic") or {}).values()]
+        return cls(
+            family=family,
+            version=version,
+            group_sizes=tuple(sorted({int(size) for size in sizes if size is not None})),
+            symmetric=config.get("sym") if family == "gptq" else None,
+            act_order=bool(config.get("desc_act")),
+        )
+
+    def config(self, kept: Iterable[str], *, lm_head: bool = False) -> dict[str, Any]:
+        """Return the `quantization_config` that tools of the family write.
+
+        Args:
+            kept: linear layers that are not quantised.
+            lm_head: the layer of that name is quantised.
+        """
+        size = self.group_sizes[0]
+        kept = sorted(kept)
+        if self.family == "compressed-tensors":
+            return _compressed_tensors_config(self, size, kept)
+        config: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": size}
+        if self.family == "awq":
+            config |= {"quant_method": "awq", "version": "gemm", "zero_point": True}
+            return config | {"modules_to_not_convert": kept or None}
+        config |= {"desc_act": self.act_order, "sym": bool(self.symmetric), "lm_head": lm_head}
+        config |= {"true_sequential": True, "pack_dtype": "int32"}
+        stored = {None: "marlin", 1: "gptq", 2: "gptq_v2"}[self.version]
+        config["checkpoint_format"] = stored
+        if self.family == "marlin":
+            config["is_marlin_format"] = True
+        if kept:
+            config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in kept}
+        return config
+
+    def read(self, tensors: Mapping[str, Tensor], where: str) -> QuantizedWeight:
+        """Read the weight of a layer.
+
+        Args:
+            tensors: by their name within the layer.
+            where: the layer and its file, for errors.
+
+        Raises:
+            ValueError: a tensor does not fit its format or the config; it is named.
+        """
+        if self.family == "gptq":
+            qw = unpack_gptq(tensors, version=self.version, symmetric=self.symmetric, where=where)
+        else:
+            unpack = {
+                "awq": unpack_awq,
+                "marlin": unpack_marlin,
+                "compressed-tensors": unpack_compressed_tensors,
+            }[self.family]
+            qw = unpack(tensors, where=where)
+        allowed = self.group_sizes
+        same = not allowed or {qw.group_size, _size(qw)} & set(allowed)
+        rule = f"must have groups of {', '.join(map(str, allowed))} columns as the config says"
+        require(bool(same), "load_quantized", f"scales of {where}", rule, qw.group_size)
+        return qw
+
+    def write(self, qw: QuantizedWeight) -> dict[str, Tensor]:
+        """Return the tensors of a layer, by their name within it."""
+        if self.family == "gptq":
+            return pack_gptq(qw, version=self.version or 2)
+        if self.family == "awq":
+            return pack_awq(qw)
+        if self.family == "marlin":
+            return pack_marlin(qw)
+        zeros, g_idx = qw.zeros, qw.g_idx
+        if zeros is None and not self.symmetric:
+            zeros = torch.full_like(qw.scales, MIDDLE, dtype=torch.uint8)
+        if g_idx is None and self.act_order:
+            g_idx = qw.groups.to(torch.int32)
+        return pack_compressed_tensors(replace(qw, zeros=zeros, g_idx=g_idx))
+
+
+def layers_of(names: Iterable[str], family: str) -> dict[str, dict[str, str]]:
+    """Group the names of tensors by quantised layer.
+
+    Returns:
+        layer → name within the layer → full name.
+
+    Example:
+        >>> layers_of(["a.qweight", "a.scales", "b.weight"], "awq")
+        {'a': {'qweight': 'a.qweight', 'scales': 'a.scales'}}
+    """
+    names = set(names)
+    leading = f".{LEADING[family]}"
+    found = sorted(name.removesuffix(leading) for name in names if name.endswith(leading))
+    return {
+        layer: {own: f"{layer}.{own}" for own in NAMES[family] if f"{layer}.{own}" in names}
+        for layer in found
+    }
+
+
+def _size(qw: QuantizedWeight) -> int:
+    return -1 if qw.group_size == qw.shape[1] else qw.group_size
+
+
+def _parse_compressed_tensors(config: Mapping[str, Any]) -> Scheme:
+    groups = config.get("config_groups") or {}
+    require(bool(groups), OWNER, "config_groups", "must name a group", groups)
+    sizes, symmetric = set(), set()
+    for name, group in groups.items():
+        kind = group.get("format") or config.get("format")
+        one_of(OWNER, f"{name}.format", kind, ("pack-quantized",))
+        weights = group.get("weights") or {}
+        bits = weights.get("num_bits")
+        integers = bits == 4 and weights.get("type", "int") == "int"
+        require(integers, OWNER, f"{name}.weights", "must be integers of 4 bits", weights)
+        inputs = group.get("input_activations")
+        require(not inputs, OWNER, f"{name}.input_activations", "must be None", inputs)
+        strategy = weights.get("strategy")
+        one_of(OWNER, f"{name}.strategy", strategy, ("group", "channel"))
+        sizes.add(int(weights["group_size"]) if strategy == "group" else -1)
+        symmetric.add(bool(weights.get("symmetric", True)))
+    return Scheme(
+        "compressed-tensors",
+        group_sizes=tuple(sorted(sizes)),
+        symmetric=symmetric.pop() if len(symmetric) == 1 else None,
+        act_order=any((group["weights"].get("actorder") == "group") for group in groups.values()),
+    )
+
+
+def _compressed_tensors_config(scheme: Scheme, size: int, kept: list[str]) -> dict[str, Any]:
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": bool(scheme.symmetric),
+        "strategy": "channel" if size == -1 else "group",
+        "group_size": None if size == -1 else size,
+        "block_structure": None,
+        "dynamic": False,
+        "actorder": "group" if scheme.act_order else None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": kept,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers loads GPTQ, AWQ, MARLIN and compressed-tensors folders with our layers.
+
+    enable_transformers()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+
+needs none of the packages that transformers would ask for. It is explicit and reversible: the
+entries for these methods in transformers' table of configs are replaced until
+`disable_transformers()`. A config that is no four-bit weight with 16-bit activations still goes to
+transformers' own class. `save_pretrained` writes the format that was loaded; `dequantize()` gives
+back a dense model; Trainer and PEFT train adapters (see `lora_for_quantized`).
+
+Before loading, each linear layer whose words are in the files is replaced by a module of empty
+buffers named as in the files; afterwards each of those becomes a `QuantLinear`. So sharding and
+device maps are transformers' own. Layers on the disk, or moved in from the CPU, are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from batchery._core.validate import import_extra, require
+from batchery.compress.quant.checkpoint import (
+    linear_named,
+    quant_layers,
+    quantized_state_dict,
+    read_layer,
+    replace_module,
+)
+from batchery.compress.quant.folder import SafetensorsFolder
+from batchery.compress.quant.scheme import Format, Scheme, layers_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers.quantizers import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+else:
+    _quantizers = import_extra("transformers.quantizers", "hf", "enable_transformers")
+    HfQuantizer = _quantizers.HfQuantizer
+    QuantizationConfigMixin = import_extra(
+        "transformers.utils.quantization_config", "hf", "enable_transformers"
+    ).QuantizationConfigMixin
+
+__all__ = ["disable_transformers", "enable_transformers"]
+
+OWNER = "enable_transformers"
+METHOD = "batchery"  # so that transformers does not take the model for one of its own
+METHODS = ("gptq", "awq", "compressed-tensors", "marlin")
+FORCED: dict[str, dict[str, str]] = {
+    "auto": {},
+    "gptq_v1": {"quant_method": "gptq", "checkpoint_format": "gptq"},
+    "gptq_v2": {"quant_method": "gptq", "checkpoint_format": "gptq_v2"},
+    "awq": {"quant_method": "awq", "version": "gemm"},
+    "compressed-tensors": {"quant_method": "compressed-tensors"},
+    "marlin": {"quant_method": "marlin"},
+}
+_replaced: dict[str, Any] = {}
+
+
+def enable_transformers() -> None:
+    """Let transformers' `from_pretrained` load four-bit folders with `QuantLinear`.
+
+    Calling it twice does no more than once.
+
+    Raises:
+        ImportError: transformers is not installed.
+
+    Example:
+        >>> enable_transformers()
+        >>> disable_transformers()
+    """
+    auto = _auto()
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = QuantLinearQuantizer
+    for method in METHODS:
+        if method not in _replaced:
+            _replaced[method] = auto.AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
+            auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = QuantLinearConfig
+
+
+def disable_transformers() -> None:
+    """Undo `enable_transformers`; models that are loaded stay as they are."""
+    auto = _auto()
+    auto.AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
+    for method in list(_replaced):
+        before = _replaced.pop(method)
+        if before is None:
+            del auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method]
+        else:
+            auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = before
+
+
+@contextmanager
+def transformers_enabled() -> Iterator[None]:
+    """Have the plug-in enabled for a while, and as it was afterwards."""
+    before = bool(_replaced)
+    enable_transformers()
+    try:
+        yield
+    finally:
+        if not before:
+            disable_transformers()
+
+
+def from_pretrained(
+    path: Path,
+    quantization: Mapping[str, Any],
+    *,
+    format: Format | Literal["auto"] = "auto",
+    device: torch.device | str | None = None,
+) -> Any:
+    """Build a causal language model from a folder; see `load_quantized`."""
+    transformers = import_extra("transformers", "hf", "load_quantized")
+    Scheme.parse(quantization, form=format)
+    config = transformers.AutoConfig.from_pretrained(path)
+    config.quantization_config = {"quant_method": "gptq", **quantization, **FORCED[format]}
+    with transformers_enabled():
+        place = None if device is None else {"": torch.device(device)}
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            path, config=config, device_map=place
+        )
+
+
+class QuantLinearConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """A `quantization_config` as it is in the file."""
+
+    def __init__(self, **config: Any) -> None:
+        """Keep the entries."""
+        self.quant_method = METHOD
+        self.stored = config
+        self.scheme = Scheme.parse(config)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return our config, or transformers' own of what we do not read."""
+        try:
+            config = cls(**config_dict)
+        except ValueError:
+            before = _replaced.get(config_dict.get("quant_method", ""))
+            if before is None:
+                raise
+            return before.from_dict(config_dict, **kwargs)
+        return (config, kwargs) if kwargs.pop("return_unused_kwargs", False) else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entries, which `save_pretrained` writes."""
+        return dict(self.stored)
+
+
+class StoredLinear(nn.Module):
+    """Empty buffers with the names and shapes of a layer's tensors in the files."""
+
+    def __init__(self, linear: nn.Linear, kinds: Mapping[str, tuple[tuple[int, ...], Any]]) -> None:
+        """Make the buffers on the meta device."""
+        super().__init__()
+        self.like = [linear]  # not in the module tree
+        for name, (shape, dtype) in kinds.items():
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the buffers by name."""
+        return dict(self._buffers)  # type: ignore[arg-type]
+
+
+class QuantLinearQuantizer(HfQuantizer):  # type: ignore[misc]
+    """transformers' hooks around loading and saving."""
+
+    requires_calibration = True  # it loads only; `gptq_quantize_model` quantises
+
+    def __init__(self, quantization_config: QuantLinearConfig, **kwargs: Any) -> None:
+        """Take over the scheme of the config."""
+        super().__init__(quantization_config, **kwargs)
+        self.scheme = quantization_config.scheme
+        self.where: dict[str, str] = {}
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse a device map that would offload."""
+        places = kwargs.get("device_map")
+        if isinstance(places, dict):
+            kinds = {"cuda" if isinstance(place, int) else str(place) for place in places.values()}
+            kinds = {kind.partition(":")[0] for kind in kinds}
+            whole = "disk" not in kinds and (len(kinds) < 2 or "cpu" not in kinds)
+            require(whole, OWNER, "device_map", "must not offload layers", places)
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        files = kwargs.get("checkpoint_files") or []
+        safe = bool(files) and all(str(file).endswith(".safetensors") for file in files)
+        require(safe, OWNER, "checkpoint_files", "must be safetensors", files)
+        plan = getattr(getattr(model.config, "distributed_config", None), "tp_plan", None)
+        rule = "must be None: cut weights with slice_outputs and slice_inputs"
+        require(plan is None, OWNER, "tp_plan", rule, plan)
+        folder = SafetensorsFolder(Path(files[0]).parent, [Path(file).name for file in files])
+        layers = layers_of(folder.files, self.scheme.family)
+        require(bool(layers), OWNER, "checkpoint_files", "must have quantised layers", files)
+        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+        for stored, names in layers.items():
+            if any(re.search(pattern, f"{stored}.weight") for pattern in ignored):
+                continue
+            name = _name_in(model, stored)
+            linear = linear_named(model, name, folder.where(names))
+            kinds = {own: folder.shape(full) for own, full in names.items()}
+            if f"{stored}.bias" in folder.files:
+                kinds["bias"] = folder.shape(f"{stored}.bias")
+            replace_module(model, name, StoredLinear(linear, kinds))
+            self.where[name] = folder.where(names)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        for name, where in self.where.items():
+            stored = model.get_submodule(name)
+            tensors, linear = stored.tensors(), stored.like[0]
+            offloaded = [own for own, tensor in tensors.items() if tensor.is_meta]
+            require(not offloaded, OWNER, where, "must not be offloaded", offloaded)
+            replace_module(model, name, read_layer(self.scheme, tensors, linear, where))
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for name, layer in list(quant_layers(model)):
+            replace_module(model, name, layer.to_linear(dtype))
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the state in the format that was loaded."""
+        return quantized_state_dict(
+            model, replace(self.scheme, version=self.scheme.version or 1)
+        ), {}
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        """Say that `save_pretrained` works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Say that adapters can be trained."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Say that torch.compile works."""
+        return True
+
+
+def _auto() -> Any:
+    return import_extra("transformers.quantizers.auto", "hf", OWNER)
+
+
+def _name_in(model: Any, stored: str) -> str:
+    """Return a layer's name in the model, which may lack or add the base model's prefix."""
+    prefix = f"{model.base_model_prefix}."
+    names = dict(model.named_modules())
+    for name in (stored, stored.removeprefix(prefix), prefix + stored):
+        if name in names:
+            return name
+    return stored
