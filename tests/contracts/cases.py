@@ -12,6 +12,9 @@ from typing import Any
 import torch
 
 from batchery.cards import load_cards
+from batchery.compress.quant import QuantLinear, dequantize, pack, quantize_rtn
+from batchery.kernels.w4a16 import plan, w4a16_matmul
+from batchery.kernels.w4a16_tiles import launch
 from batchery.optim import LAMB, LARS, WSDScheduler
 from batchery.privacy import (
     Budget,
@@ -33,17 +36,38 @@ class Case:
         path: the object's public path, as its card names it.
         build: makes a minimal one. Optimizers take parameters; schedulers take an optimizer;
             samplers take a size and `rank`, `world_size` and `generator` keywords; mechanisms a
-            horizon, a number of columns and the `seed` of their noise, None for real noise.
+            horizon, a number of columns and the `seed` of their noise, None for real noise; modules
+            a `seed` and a width `n` of their output, and come with an input; kernels one of
+            `variants` and a device, and come as a `KernelProblem`.
         bad: keyword arguments that must raise, with a pattern of the message.
+        variants: of a kernel: names of problems, and what makes them.
     """
 
     path: str
     build: Callable[..., Any]
     bad: list[tuple[dict[str, Any], type[Exception], str]] = field(default_factory=list)
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return self.path.rsplit(".", 1)[1]
+
+
+@dataclass(frozen=True)
+class KernelProblem:
+    """A kernel with everything given but its rows x `(M, width)`.
+
+    Attributes:
+        kernel: runs the Triton kernel on x.
+        public: what users call, with x and keywords; "impl" among them.
+        exact: the result for x in float64, by the equation.
+        width: columns of x.
+    """
+
+    kernel: Callable[[torch.Tensor], torch.Tensor]
+    public: Callable[..., torch.Tensor]
+    exact: Callable[[torch.Tensor], torch.Tensor]
+    width: int
 
 
 def objects(kind: str) -> list[str]:
@@ -85,6 +109,37 @@ def _sum_select(horizon=20, columns=3, seed=1, **kinds):
     noise = None if seed is None else DiscreteNoise(insecure_seed=seed)
     kinds = {"budget": Budget(rho=0.5), "mechanism": "recompute", "noise": noise} | kinds
     return SumSelect(horizon, columns, **kinds)
+
+
+def _quant_linear(seed=0, n=24, k=64, bias=None, **kinds):
+    generator = torch.Generator().manual_seed(seed)
+    qw = quantize_rtn(torch.randn(n, k, generator=generator) / 8, group_size=32, symmetric=False)
+    bias = torch.randn(n, generator=generator) if bias is None else bias
+    return QuantLinear.from_quantized(qw, bias, **kinds), torch.randn(5, k, generator=generator)
+
+
+def _w4a16(variant, device):
+    n, k, group_size, gated = variant["n"], variant["k"], variant["group_size"], "gated" in variant
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(n, k, generator=generator) / k**0.5
+    qw = quantize_rtn(w, group_size=group_size, symmetric="zeros" not in variant).to(device)
+    packed, _ = pack(qw, gated=gated)
+    exact = dequantize(qw, torch.float64)
+
+    def kernel(x):
+        if x.is_cuda:
+            return w4a16_matmul(x, packed, impl="triton")
+        _, blocks, _, lanes = packed.words.shape
+        return launch(x, packed, *plan(len(x), packed.rows, blocks, lanes, 132, False))
+
+    def wanted(x):
+        y = x.double() @ exact.T
+        return torch.nn.functional.silu(y[:, : n // 2]) * y[:, n // 2 :] if gated else y
+
+    def public(x, **kinds):
+        return w4a16_matmul(x, packed, **kinds)
+
+    return KernelProblem(kernel, public, wanted, k)
 
 
 CASES = {
@@ -178,6 +233,30 @@ CASES = {
                 ({"interval": 0}, ValueError, "SumSelect: interval must be >= 1, got 0"),
                 ({"margin": -1}, ValueError, "SumSelect: margin must be >= 0, got -1"),
             ],
+        ),
+        Case(
+            "batchery.compress.quant.QuantLinear",
+            _quant_linear,
+            [
+                ({"bias": torch.ones(23)}, ValueError, r"QuantLinear: bias must be \(24,\), got"),
+                ({"k": 48}, ValueError, "group_size must divide K = 48, got 32"),
+            ],
+        ),
+        Case(
+            "batchery.kernels.w4a16.w4a16_matmul",
+            _w4a16,
+            [
+                ({"impl": "cuda"}, ValueError, "w4a16_matmul: impl must be one of .* got 'cuda'"),
+                ({"bias": torch.ones(3)}, ValueError, r"w4a16_matmul: bias must be .* got \(3,\)"),
+                ({"out": torch.ones(3)}, ValueError, r"w4a16_matmul: out must be .* got \(3,\)"),
+            ],
+            {
+                "plain": {"n": 192, "k": 512, "group_size": 128},
+                "odd": {"n": 70, "k": 320, "group_size": 64, "zeros": True},
+                "small-groups": {"n": 64, "k": 256, "group_size": 32, "zeros": True},
+                "one-group": {"n": 33, "k": 200, "group_size": -1},
+                "gated": {"n": 140, "k": 256, "group_size": 128, "gated": True},
+            },
         ),
     )
 }

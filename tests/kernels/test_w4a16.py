@@ -298,6 +298,15 @@ def test_matmul_takes_any_leading_shape_and_writes_where_told():
     assert w4a16_matmul(x[:0], weight).shape == (0, 48)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_may_lie_anyhow(dtype):
+    weight = pack_w4(*draw(48, 256, 128)[:2])
+    wide = activations(6, 512, dtype)
+    for x in (wide[:, :256], wide[:, ::2], wide.view(2, 6, 256)[:, -1], wide[:, :256].t().t()):
+        assert torch.equal(w4a16_matmul(x, weight), w4a16_matmul(x.contiguous(), weight))
+    assert w4a16_matmul(wide[:0, :256], weight).shape == (0, 48)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_gradients_reach_x_and_bias(gated):
     q, scales, zeros = draw(64, 256, 128, zeros=True)
@@ -389,3 +398,14 @@ def test_matmul_is_captured_and_compiled():
         out.fill_(torch.nan)
         graph.replay()
         assert torch.equal(out, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_a_weight_on_another_device_is_multiplied_there():
+    q, scales, zeros = draw(256, 512, 128, zeros=True, device="cuda:1")
+    weight, w = pack_w4(q, scales, zeros), by_the_equation(q, scales, zeros)
+    assert torch.cuda.current_device() == 0
+    for m in (5, 5, MOST_BATCH + 1):
+        x = activations(m, 512, torch.float16, "cuda:1")
+        assert_close(w4a16_matmul(x, weight), oracle(x, w))

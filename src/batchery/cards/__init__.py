@@ -26,6 +26,7 @@ KINDS = (
     "index",
     "mechanism",
     "engine-policy",
+    "kernel",
     "function",
 )
 

@@ -8,7 +8,7 @@ training (no gradient reaches W); long prompts gain memory, not time.
     yᵀ[N, M] = Σ_g s[:, g] · ((q - z)[:, g] · x[:, g]ᵀ)        over groups g of G columns
 
 The weight is the left operand: it goes from 4 bits to 16 in registers, and the batch is the short
-side of the matrix instruction. Up to 64 rows the scales multiply each group's sums in float32, so
+side of the matrix instruction. Up to 32 rows the scales multiply each group's sums in float32, so
 the instruction sees exact small integers; above, they multiply the weights. The columns of an
 output tile may be split among programs: their float32 sums lie in memory, and the program that
 comes last adds them in order. No float atomics: the same bits in every run. With `batch_invariant`
@@ -19,8 +19,8 @@ order that follows the number of processors, and shuffles weights into fragments
 """
 
 import warnings
-from functools import cache
-from typing import Any, Literal
+from functools import cache, lru_cache
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,9 @@ __all__ = ["plan", "w4a16_matmul", "w4a16_reference"]
 Impl = Literal["auto", "torch", "triton"]
 
 OWNER = "w4a16_matmul"
+IMPLS = get_args(Impl)
 HALVES = (torch.float16, torch.bfloat16)
+DTYPES = (*HALVES, torch.float32)
 NATIVE_BATCH = 128  # rows up to which torch's four-bit matmul on the CPU beats dequantising
 INVARIANT_BATCH = 64
 MOST_BATCH = 1024  # rows above which a dense product of dequantised weights is faster
@@ -90,25 +92,27 @@ def w4a16_matmul(
         tensor([[-7.0000, -3.5000]])
     """
     n, k = weight.shape
-    one_of(OWNER, "impl", impl, ("auto", "torch", "triton"))
-    require(x.dim() > 0 and x.shape[-1] == k, OWNER, "x", f"must be (..., {k})", tuple(x.shape))
-    dtypes = (*HALVES, torch.float32)
-    require(x.dtype in dtypes, OWNER, "x", f"must be in {dtypes}", x.dtype)
-    require(
-        x.device == weight.words.device, OWNER, "x", f"must be on {weight.words.device}", x.device
+    fits = (
+        x.dim() > 0
+        and x.shape[-1] == k
+        and x.dtype in DTYPES
+        and x.device == weight.words.device
+        and (bias is None or bias.shape == (n,))
+        and impl in IMPLS
     )
+    if not fits:
+        _refuse(x, weight, bias, impl)
     if bias is not None:
-        require(bias.shape == (n,), OWNER, "bias", f"must be ({n},)", tuple(bias.shape))
         bias = (weave(bias) if weight.gated else bias).to(x.dtype)
     shape = (*x.shape[:-1], n // 2 if weight.gated else n)
     if out is not None:
         fits = out.shape == shape and out.dtype == x.dtype and out.is_contiguous()
         require(fits, OWNER, "out", f"must be {shape}, dense, {x.dtype}", tuple(out.shape))
-    rows = x.reshape(-1, k)
+    rows = x if x.dim() == 2 else x.reshape(-1, k)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     kernel = _by_triton(x, impl)
     wants_grad = x.requires_grad or (bias is not None and bias.requires_grad)
-    if torch.is_grad_enabled() and wants_grad:
+    if wants_grad and torch.is_grad_enabled():
         y = _operation(rows, weight, bias, False, batch_invariant, kernel)
         y = _join(y) if weight.gated else y
     elif not kernel:
@@ -117,10 +121,22 @@ def w4a16_matmul(
         y = _operation(rows, weight, bias, weight.gated, batch_invariant, kernel)
     else:
         y = _by_kernel(rows, weight, bias, out, batch_invariant)
-    y = y.view(shape)
-    if out is None or y.data_ptr() == out.data_ptr():
+    y = y if len(shape) == 2 else y.view(shape)
+    if out is None:
         return y
-    return out.copy_(y)
+    return out if y.data_ptr() == out.data_ptr() else out.copy_(y)
+
+
+def _refuse(x: Tensor, weight: PackedW4, bias: Tensor | None, impl: str) -> None:
+    """Name the argument that does not fit: messages are made only when they are needed."""
+    n, k = weight.shape
+    one_of(OWNER, "impl", impl, IMPLS)
+    require(x.dim() > 0 and x.shape[-1] == k, OWNER, "x", f"must be (..., {k})", tuple(x.shape))
+    require(x.dtype in DTYPES, OWNER, "x", f"must be in {DTYPES}", x.dtype)
+    device = weight.words.device
+    require(x.device == device, OWNER, "x", f"must be on {device}", x.device)
+    shape = None if bias is None else tuple(bias.shape)
+    require(shape in (None, (n,)), OWNER, "bias", f"must be ({n},)", shape)
 
 
 def w4a16_reference(x: Tensor, weight: PackedW4, bias: Tensor | None = None) -> Tensor:
@@ -128,6 +144,7 @@ def w4a16_reference(x: Tensor, weight: PackedW4, bias: Tensor | None = None) -> 
     native = weight.native
     if native is not None and x.dtype == torch.bfloat16 and len(x) <= NATIVE_BATCH:
         words, table = native
+        x = x.contiguous()
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, words, weight.group_size, table)
         y = weave(y.t()).t() if weight.gated else y
     else:
@@ -142,6 +159,7 @@ def _join(y: Tensor) -> Tensor:
     return F.silu(y[:, 0::2]) * y[:, 1::2]
 
 
+@lru_cache(maxsize=4096)
 def plan(
     batch: int, rows: int, blocks: int, lanes: int, processors: int, invariant: bool
 ) -> tuple[Tile, int]:
@@ -199,18 +217,21 @@ def _by_kernel(
     x: Tensor, weight: PackedW4, bias: Tensor | None, out: Tensor | None, invariant: bool
 ) -> Tensor:
     """Run the kernels on x `(M, K)`."""
-    n, (_, blocks, _, lanes) = weight.shape[0], weight.words.shape
-    shape = (len(x), n // 2 if weight.gated else n)
+    m, n = x.shape[0], weight.shape[0]
+    shape = (m, n // 2 if weight.gated else n)
     out = x.new_empty(shape) if out is None else out.view(shape)
-    if len(x) > MOST_BATCH and not invariant:
+    if m > MOST_BATCH and not invariant:
         y = F.linear(x, dequantize_tiles(weight, x.dtype), bias)
         return out.copy_(_join(y)) if weight.gated else out.copy_(y)
-    # An invariant split serves one tile of rows: its counters would not do for more.
-    parts = INVARIANT_BATCH if invariant else max(1, len(x))
-    for begin in range(0, len(x), parts):
-        part = x[begin : begin + parts]
-        tile, split = plan(len(part), weight.rows, blocks, lanes, _processors(x.device), invariant)
-        launch(part, weight, tile, split, bias=bias, out=out[begin : begin + parts])
+    parts = [(x, out)] if m else []
+    if invariant and m > INVARIANT_BATCH:
+        # An invariant split serves one tile of rows: its counters would not do for more.
+        parts = list(zip(x.split(INVARIANT_BATCH), out.split(INVARIANT_BATCH), strict=True))
+    _, blocks, _, lanes = weight.words.shape
+    fixed = (weight.rows, blocks, lanes, _processors(x.device), invariant)
+    for part, place in parts:
+        tile, split = plan(part.shape[0], *fixed)
+        launch(part, weight, tile, split, bias=bias, out=place)
     return out
 
 

@@ -9,8 +9,10 @@ shared memory by asynchronous copies, registers by matrix loads (16-bit words ha
 and one multiply-add each. The matrix instruction takes them from registers.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,58 +55,87 @@ def launch(
 ) -> Tensor:
     """Multiply by the Triton kernel: x `(M, K)`, its last dimension dense, M > 0."""
     (m, k), (n, _) = x.shape, weight.shape
-    _, blocks, _, lanes = weight.words.shape
+    words, scales, zeros, counters = weight.words, weight.scales, weight.zeros, weight.counters
     if out is None:
         out = x.new_empty(m, n // 2 if weight.gated else n)
+    asm = x.is_cuda and torch.version.hip is None
+    groups, rows = scales.shape
+    _, blocks, _, lanes = words.shape
+    sizes = (m, n, k, rows, blocks, lanes, groups, counters.shape[0])
+    kinds = (weight.group_size, weight.gated, zeros is not None, x.dtype if asm else None)
+    call = _prepared(*sizes, *kinds, tile, split)
+    partials = None
+    if call.partials:
+        partials = torch.empty(call.partials, dtype=torch.float32, device=x.device)
+    tensors = (x, words, scales, zeros, bias, out, partials, counters)
+    strides = (x.stride(0), out.stride(0))
+    with on_its_device(x):
+        _w4a16[(call.programs,)](*tensors, *strides, *call.numbers, **call.options)
+    return out
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What is the same in every launch of one shape.
+
+    Attributes:
+        programs: how many.
+        partials: float32 numbers of their sums, 0 where columns are not split.
+        numbers: the kernel's arguments after the strides.
+        options: warps and stages.
+    """
+
+    programs: int
+    partials: int
+    numbers: tuple[Any, ...]
+    options: dict[str, int]
+
+
+@lru_cache(maxsize=4096)
+def _prepared(
+    m: int, n: int, k: int, rows: int, blocks: int, lanes: int, groups: int, counters: int,
+    group_size: int, gated: bool, asymmetric: bool, dtype: torch.dtype | None,
+    tile: Tile, split: int,
+) -> _Call:  # fmt: skip
+    """Return the launch of one shape; `dtype` is None where there is no assembly."""
     step = min(tile.step, lanes)
     m_tiles = triton.cdiv(m, tile.batch)
-    tiles = weight.rows // tile.rows * m_tiles
+    tiles = rows // tile.rows * m_tiles
     steps = blocks * lanes // step
-    split = min(split, steps) if tiles <= len(weight.counters) else 1
-    partials = None
-    if split > 1:
-        size = tiles * split * tile.batch * tile.rows
-        partials = torch.empty(size, dtype=torch.float32, device=x.device)
-    one_group = len(weight.scales) == 1
+    split = min(split, steps) if tiles <= counters else 1
+    one_group = groups == 1
     scaled = tile.scale_weights and not one_group
-    asm = x.is_cuda and torch.version.hip is None
-    forms = [
-        nibble_asm(x.dtype, high, weight.zeros is not None, scaled) if asm else ""
+    low, high = (
+        "" if dtype is None else nibble_asm(dtype, high, asymmetric, scaled)
         for high in (False, True)
-    ]
-    _w4a16[(tiles * split,)](
-        x,
-        weight.words,
-        weight.scales,
-        weight.zeros,
-        bias,
-        out,
-        partials,
-        weight.counters,
-        m,
-        n,
-        k,
-        x.stride(0),
-        out.stride(0),
-        weight.rows,
-        steps,
-        m_tiles,
-        split,
-        GROUP=0 if one_group else weight.group_size,
-        J=lanes,
-        STEP=step,
-        BATCH=tile.batch,
-        ROWS=tile.rows,
-        SCALE_WEIGHTS=tile.scale_weights,
-        GATED=weight.gated,
-        EVEN=k == blocks * NIBBLES * lanes,
-        LOW=forms[0],
-        HIGH=forms[1],
-        STAGES=tile.stages,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )
-    return out
+    numbers = (m, n, k, rows, steps, m_tiles, split)
+    constants = {
+        "GROUP": 0 if one_group else group_size,
+        "J": lanes,
+        "STEP": step,
+        "BATCH": tile.batch,
+        "ROWS": tile.rows,
+        "SCALE_WEIGHTS": tile.scale_weights,
+        "GATED": gated,
+        "EVEN": k == blocks * NIBBLES * lanes,
+        "LOW": low,
+        "HIGH": high,
+        "STAGES": tile.stages,
+    }
+    return _Call(
+        programs=tiles * split,
+        partials=tiles * split * tile.batch * tile.rows if split > 1 else 0,
+        numbers=(*numbers, *constants.values()),
+        options={"num_warps": tile.warps, "num_stages": tile.stages},
+    )
+
+
+def on_its_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Make a tensor's CUDA device the current one, which is where Triton launches."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def dequantize_tiles(weight: PackedW4, dtype: torch.dtype) -> Tensor:
@@ -112,18 +143,19 @@ def dequantize_tiles(weight: PackedW4, dtype: torch.dtype) -> Tensor:
     n, k = weight.shape
     chunks, blocks, _, lanes = weight.words.shape
     out = torch.empty(n, k, dtype=dtype, device=weight.words.device)
-    _dequantize[(blocks, chunks)](
-        weight.words,
-        weight.scales,
-        weight.zeros,
-        out,
-        n,
-        k,
-        weight.rows,
-        GROUP=0 if len(weight.scales) == 1 else weight.group_size,
-        J=lanes,
-        num_warps=4,
-    )
+    with on_its_device(out):
+        _dequantize[(blocks, chunks)](
+            weight.words,
+            weight.scales,
+            weight.zeros,
+            out,
+            n,
+            k,
+            weight.rows,
+            GROUP=0 if len(weight.scales) == 1 else weight.group_size,
+            J=lanes,
+            num_warps=4,
+        )
     return out
 
 
@@ -256,7 +288,7 @@ if triton is not None:
     @triton.jit(do_not_specialize=["M", "steps"])
     def _w4a16(
         x, words, scales, zeros, bias, out, partials, counters,
-        M, N, K, x_stride, out_stride, padded, steps, m_tiles, split,
+        x_stride, out_stride, M, N, K, padded, steps, m_tiles, split,
         GROUP: tl.constexpr, J: tl.constexpr, STEP: tl.constexpr,
         BATCH: tl.constexpr, ROWS: tl.constexpr, SCALE_WEIGHTS: tl.constexpr,
         GATED: tl.constexpr, EVEN: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,

@@ -261,8 +261,9 @@ def test_damping_grows_until_the_hessian_will_do():
     assert torch.equal(found.q, wanted.q)
     assert not torch.equal(found.q, quantize_rtn(w, group_size=8).q)
     with pytest.warns(UserWarning, match=r"GPTQ: .* not positive definite at damp=1: RTN"):
-        found = indefinite(-3.0).quantize(w, group_size=4, symmetric=False)
-    assert torch.equal(found.q, quantize_rtn(w, group_size=4, symmetric=False).q)
+        found = indefinite(-3.0).quantize(w.float(), group_size=4, symmetric=False)
+    assert torch.equal(found.q, quantize_rtn(w.float(), group_size=4, symmetric=False).q)
+    assert found.scales.dtype == torch.float64  # as of any result of these sums
 
 
 @pytest.mark.parametrize(("act_order", "static"), ORDERS)

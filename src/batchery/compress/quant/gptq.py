@@ -213,7 +213,7 @@ class GPTQ:
             order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
         factor = self._factor(hessian if order is None else hessian[order][:, order], damp)
         if factor is None:
-            return quantize_rtn(w, group_size=size, symmetric=symmetric, clip_search=clip_search)
+            return quantize_rtn(wide, group_size=size, symmetric=symmetric, clip_search=clip_search)
         groups = torch.arange(k, device=device) // size
         rounder = _Rounder(wide, size, symmetric, clip_search, block_size, impl)
         if order is not None and static_groups:

@@ -175,25 +175,25 @@ class QuantLinear(nn.Module):
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        if self.order is not None:
-            x = x.index_select(-1, self.order)
+        order = self._buffers["order"]
+        if order is not None:
+            x = x.index_select(-1, order)
         return w4a16_matmul(x, self.packed, bias=self.bias, batch_invariant=self.batch_invariant)
 
     @property
     def packed(self) -> PackedW4:
         """The weight as the kernels read it, columns in the order of `order`."""
-        words, scales, counters = self.qweight, self.scales, self.counters
+        parts = self._buffers  # a module's attributes are slow to read
+        words, scales, counters = parts["qweight"], parts["scales"], parts["counters"]
         if words is None or scales is None or counters is None:
             raise RuntimeError("QuantLinear: the layer has no weight; load a state_dict first")
-        native = None
-        if self.native is not None and self.native_table is not None:
-            native = self.native, self.native_table
+        native, table = parts["native"], parts["native_table"]
         return PackedW4(
             words=words.view(torch.int16),
             scales=scales,
-            zeros=self.zeros,
+            zeros=parts["zeros"],
             counters=counters,
-            native=native,
+            native=None if native is None or table is None else (native, table),
             shape=(self.out_features, self.in_features),
             group_size=self.group_size,
             gated=False,

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding with a Llama of 8 billion random parameters: tokens a second in bfloat16 and in 4 bits.
+
+One step for a batch of sequences that each have a full cache of keys and values: everything that a
+decoder does, compiled, in one CUDA graph. Both arms hold the same numbers, the dense one those of
+the four-bit weights; their logits are compared before anything is timed. Embedding and head stay
+in bfloat16 in both.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from batchery.compress.quant import QuantizedWeight, dequantize, pack, quantize_rtn
+from batchery.kernels.w4a16 import w4a16_matmul
+from batchery.kernels.w4a16_layout import PackedW4
+
+BATCHES = (1, 8, 16, 32, 64)
+AIMS = {1: 2.3, 8: 2.3, 16: 2.3, 32: 1.8, 64: 1.3}  # of the specification: W4 over bfloat16
+ALIKE = 0.05  # relative difference of logits that bfloat16 may make
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shape of a Llama."""
+
+    layers: int = 32
+    hidden: int = 4096
+    heads: int = 32
+    kv_heads: int = 8
+    head: int = 128
+    mlp: int = 14336
+    vocabulary: int = 128256
+
+
+SIZES = {"8B": Size(), "tiny": Size(2, 256, 4, 2, 64, 512, 1000)}
+Weight = Tensor | PackedW4
+
+
+class Layer(NamedTuple):
+    """Weights of one layer, q above k above v, and gate above up."""
+
+    qkv: Weight
+    out: Weight
+    gate_up: Weight
+    down: Weight
+    norms: Tensor
+
+
+class Cache(NamedTuple):
+    """Keys and values `(layers, B, kv_heads, T, head)`, and where the next ones go."""
+
+    keys: Tensor
+    values: Tensor
+    place: Tensor
+    turn: Tensor
+
+
+def product(x: Tensor, w: Weight) -> Tensor:
+    return w4a16_matmul(x, w) if isinstance(w, PackedW4) else F.linear(x, w)
+
+
+def gated(x: Tensor, w: Weight) -> Tensor:
+    if isinstance(w, PackedW4):
+        return w4a16_matmul(x, w)
+    gate, up = F.linear(x, w).chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def rotated(x: Tensor, turn: Tensor) -> Tensor:
+    """Rotate pairs of numbers of each head, as Llama does; turn is cosines over sines."""
+    half = torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1)
+    return x * turn[0] + half * turn[1]
+
+
+def layer_step(
+    h: Tensor, layer: Layer, keys: Tensor, values: Tensor, place: Tensor, turn: Tensor
+) -> Tensor:
+    """Bring hidden states `(B, hidden)` through a layer; the cache takes the new token."""
+    batch, hidden = h.shape
+    _, kv_heads, _, head = keys.shape
+    x = F.rms_norm(h, (hidden,), layer.norms[0], 1e-5)
+    heads = product(x, layer.qkv).view(batch, -1, head)
+    q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
+    keys.index_copy_(2, place, rotated(k, turn)[:, :, None])
+    values.index_copy_(2, place, v[:, :, None])
+    # Queries that share keys stand as rows of one head; all see the whole cache.
+    q = rotated(q, turn).reshape(batch, kv_heads, -1, head)
+    y = F.scaled_dot_product_attention(q, keys, values).reshape(batch, -1)
+    h = h + product(y, layer.out)
+    x = F.rms_norm(h, (hidden,), layer.norms[1], 1e-5)
+    return h + product(gated(x, layer.gate_up), layer.down)
+
+
+class Model:
+    """Layers in one form, with an embedding and a head."""
+
+    def __init__(self, layers: list[Layer], embedding: Tensor, head: Tensor) -> None:
+        """Keep the weights."""
+        self.layers, self.embedding, self.head = layers, embedding, head
+
+    def logits(self, tokens: Tensor, cache: Cache, step: Callable[..., Tensor]) -> Tensor:
+        """Return `(B, vocabulary)` for the tokens `(B,)` that follow the cache."""
+        h = self.embedding[tokens]
+        for place, layer in enumerate(self.layers):
+            h = step(h, layer, cache.keys[place], cache.values[place], cache.place, cache.turn)
+        return F.linear(F.rms_norm(h, h.shape[-1:], eps=1e-5), self.head)
+
+
+def build(size: Size, device: torch.device) -> dict[str, Model]:
+    """Make the dense and the four-bit model of the same numbers."""
+    generator = torch.Generator(device).manual_seed(0)
+    like: dict[str, Any] = {"device": device, "generator": generator}
+
+    def random(n: int, k: int) -> Tensor:
+        return torch.randn(n, k, **like) / k**0.5
+
+    width, kv_width = size.heads * size.head, size.kv_heads * size.head
+    shapes = {
+        "qkv": (width + 2 * kv_width, size.hidden),
+        "out": (size.hidden, width),
+        "gate_up": (2 * size.mlp, size.hidden),
+        "down": (size.hidden, size.mlp),
+    }
+    norms = torch.ones(2, size.hidden, device=device, dtype=torch.bfloat16)
+    dense, packed = [], []
+    for _ in range(size.layers):
+        plain = {name: in_bfloat16(quantize_rtn(random(*shape))) for name, shape in shapes.items()}
+        small = {name: pack(qw, gated=name == "gate_up")[0] for name, qw in plain.items()}
+        large = {name: dequantize(qw, torch.bfloat16) for name, qw in plain.items()}
+        packed.append(Layer(**small, norms=norms))
+        dense.append(Layer(**large, norms=norms))
+    table, head = (random(size.vocabulary, size.hidden).bfloat16() for _ in range(2))
+    return {"bfloat16": Model(dense, table, head), "W4": Model(packed, table, head)}
+
+
+def in_bfloat16(qw: QuantizedWeight) -> QuantizedWeight:
+    return QuantizedWeight(qw.q, qw.scales.bfloat16(), None, None, qw.group_size)
+
+
+def new_cache(size: Size, batch: int, context: int, device: torch.device) -> Cache:
+    generator = torch.Generator(device).manual_seed(1)
+    shape = (size.layers, batch, size.kv_heads, context, size.head)
+    keys, values = (
+        torch.randn(shape, device=device, dtype=torch.bfloat16, generator=generator)
+        for _ in range(2)
+    )
+    place = torch.tensor([context - 1], device=device)
+    rates = 500_000 ** -(torch.arange(0, size.head, 2, device=device) / size.head)
+    angles = (place * rates).repeat(2)
+    return Cache(keys, values, place, torch.stack([angles.cos(), angles.sin()]).bfloat16())
+
+
+def seconds_per_step(model: Model, tokens: Tensor, cache: Cache, steps: int) -> float:
+    """Best of three times of a step that chooses the next tokens, in a graph on CUDA."""
+    if not tokens.is_cuda:
+        begin = time.perf_counter()
+        for _ in range(steps):
+            tokens.copy_(model.logits(tokens, cache, layer_step).argmax(-1))
+        return (time.perf_counter() - begin) / steps
+    torch.compiler.reset()  # or the batches together exceed what one function may be compiled for
+    compiled = torch.compile(layer_step, dynamic=False, fullgraph=True)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            model.logits(tokens, cache, compiled)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tokens.copy_(model.logits(tokens, cache, compiled).argmax(-1))
+    times = []
+    for _ in range(4):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(steps):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3 / steps)
+    return min(times[1:])
+
+
+@torch.no_grad()
+def compare(
+    size: Size, batches: list[int], context: int, steps: int, device: torch.device
+) -> dict[str, Any]:
+    models = build(size, device)
+    found: dict[str, Any] = {"size": asdict(size), "context": context, "tokens_per_s": {}}
+    first = torch.arange(4, device=device)
+    logits = {
+        name: model.logits(first, new_cache(size, 4, context, device), layer_step).float()
+        for name, model in models.items()
+    }
+    difference = (logits["W4"] - logits["bfloat16"]).norm() / logits["bfloat16"].norm()
+    found["logits_differ_by"] = float(difference)
+    print(f"logits of the arms differ by {found['logits_differ_by']:.4f}")
+    if not found["logits_differ_by"] < ALIKE:
+        raise RuntimeError(f"the arms do not compute the same: {found['logits_differ_by']:.3f}")
+    for batch in batches:
+        cache = new_cache(size, batch, context, device)
+        tokens = torch.arange(batch, device=device)
+        rates = {
+            name: batch / seconds_per_step(model, tokens.clone(), cache, steps)
+            for name, model in models.items()
+        }
+        found["tokens_per_s"][str(batch)] = rates
+        line = f"batch {batch:3d}: " + ", ".join(f"{n} {r:,.0f}" for n, r in rates.items())
+        aim = f" (aim {AIMS[batch]})" if batch in AIMS and size == SIZES["8B"] else ""
+        print(f"{line} tokens/s, {rates['W4'] / rates['bfloat16']:.2f} x{aim}", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", choices=SIZES, help="8B on CUDA, else tiny")
+    parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
+    parser.add_argument("--context", type=int, default=512, help="tokens in the cache")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    on_cuda = device.type == "cuda"
+    size = SIZES[options.size or ("8B" if on_cuda else "tiny")]
+    found: dict[str, Any] = {"date": date.today().isoformat(), "torch": torch.__version__}
+    found["device"] = torch.cuda.get_device_name() if on_cuda else "CPU"
+    found |= compare(size, options.batches, options.context, options.steps, device)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
