@@ -28,7 +28,7 @@ from torch import Tensor
 
 from batchery._core.validate import one_of, require
 from batchery.kernels.multi_tensor import triton
-from batchery.kernels.w4a16_layout import PackedW4, dequantized_slices, weave
+from batchery.kernels.w4a16_layout import WIDEST, PackedW4, dequantized_slices, weave
 from batchery.kernels.w4a16_tiles import Tile, dequantize_tiles, launch
 
 __all__ = ["plan", "w4a16_matmul", "w4a16_reference"]
@@ -43,17 +43,28 @@ NATIVE_BATCH = 128  # rows up to which torch's four-bit matmul on the CPU beats 
 INVARIANT_BATCH = 64
 MOST_BATCH = 1024  # rows above which a dense product of dequantised weights is faster
 
-# For batches of at most so many rows: the tile, the programs of it that a processor runs side by
-# side, and the loop turns that a program loses at its ends. The fastest of a sweep on an H100.
-TILES: tuple[tuple[int, Tile, int, int], ...] = (
-    (8, Tile(8, 128, stages=3), 2, 2),
-    (16, Tile(16, 64, stages=3), 4, 1),
-    (32, Tile(32, 128, warps=8, stages=3), 2, 2),
-    (64, Tile(64, 128, step=32, warps=8, stages=3, scale_weights=True), 2, 4),
-    (128, Tile(128, 128, step=32, warps=8, stages=3, scale_weights=True), 2, 4),
-    (MOST_BATCH, Tile(128, 128, step=32, warps=8, stages=3, scale_weights=True), 1, 6),
+Plan = tuple[int, Tile, int, float, float]
+
+# For batches of at most so many rows: the tile; the programs of it that a processor runs side by
+# side; and in turns of the loop, what a program loses at its ends, and what adding up costs for
+# each part of the columns. The fastest of two sweeps on an H100.
+_SCALED = Tile(128, 128, step=32, warps=8, stages=3, scale_weights=True)
+TILES: tuple[Plan, ...] = (
+    (8, Tile(8, 128, stages=3), 2, 1, 0.75),
+    (16, Tile(16, 64, stages=3), 4, 2, 0.5),
+    (32, Tile(32, 128, warps=8, stages=3), 2, 1, 1),
+    (64, Tile(64, 128, step=32, warps=8, stages=3, scale_weights=True), 2, 2, 1.5),
+    (128, _SCALED, 2, 2, 2),
+    (MOST_BATCH, _SCALED, 1, 6, 2),
 )
-INVARIANT = (2, 3)
+# Where tiles of 128 rows of W would occupy less than three eighths of the processors.
+NARROW: tuple[Plan, ...] = (
+    *TILES[:2],
+    (32, Tile(32, 64, stages=3), 3, 8, 0.5),
+    (64, Tile(64, 64, stages=3, scale_weights=True), 2, 6, 0),
+    *TILES[4:],
+)
+INVARIANT = (2, 3, 0)
 MOST_SPLIT = 16
 
 
@@ -166,7 +177,7 @@ def plan(
     """Choose the tile, and the parts that columns are split in.
 
     Parts are taken so that the last round of programs is full, where that is worth the turns that
-    each program loses at its ends.
+    each program loses at its ends, and those that adding up the parts takes.
 
     Args:
         batch: rows of x.
@@ -176,16 +187,18 @@ def plan(
         processors: of the device.
         invariant: let nothing depend on `batch` but the tile's width.
     """
-    _, tile, held, lost = next((entry for entry in TILES if batch <= entry[0]), TILES[-1])
+    plans = NARROW if rows // WIDEST * 8 <= processors * 3 else TILES
+    _, tile, held, lost, added = next((entry for entry in plans if batch <= entry[0]), plans[-1])
     if invariant:
         width = max(16, min(INVARIANT_BATCH, triton.next_power_of_2(batch)))
-        tile, (held, lost), batch = Tile(width, 64, stages=3), INVARIANT, 1
+        tile, (held, lost, added), batch = Tile(width, 64, stages=3), INVARIANT, 1
     tiles = rows // tile.rows * -(-batch // tile.batch)
     steps = blocks * lanes // min(tile.step, lanes)
     places = processors * held
 
-    def turns(split: int) -> int:
-        return -(-tiles * split // places) * (-(-steps // split) + lost)
+    def turns(split: int) -> float:
+        rounds = -(-tiles * split // places)
+        return rounds * (-(-steps // split) + lost) + (added * split if split > 1 else 0)
 
     return tile, min(range(1, min(steps, MOST_SPLIT) + 1), key=turns)
 

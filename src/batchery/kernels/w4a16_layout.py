@@ -31,6 +31,7 @@ from batchery._core.validate import require
 
 __all__ = [
     "NIBBLES",
+    "WIDEST",
     "PackedW4",
     "dequantize_w4",
     "dequantized_slices",

@@ -63,8 +63,8 @@ def _like(name: str, size: LabSize, **change: Any) -> GroupedSize:
 _TINY = {"layers": 1, "context": 32, "steps": 30, "vocabulary": 300}
 # A first run at scale cpu was on the lab's nano: rounding cost it 0.004 to 0.006 nats, too little
 # to tell shares of apart (GPTQ gave back 10 to 62 %). Models of bytes lose more (0.007 to 0.014
-# nats after 1,500 or 2,500 steps, by rounding); this one was taken for its time, GPTQ unseen. 800
-# steps took the study to 146 s (GPTQ gave back 50 to 53 %, undecided); 560 keep it within two minutes.
+# nats after 1,500 or 2,500 steps, by rounding); this one was taken for its time, GPTQ unseen. With
+# 800 steps the study took 146 s, and GPTQ gave back 50 to 53 %, undecided; with 560 it fits.
 _BYTES = {"layers": 2, "context": 64, "batch": 16, "steps": 560, "vocabulary": 300}
 PLANS: dict[Scale, Plan] = {
     "smoke": Plan(_like("marlin-tiny", lab.SIZES["nano"], **_TINY), 16, 64, 200_000),
