@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A language model trained, put into four bits, and judged without telling of its test texts.
 
-A tiny Llama learns bytes of Python's standard library; GPTQ quantises it; how often each of the two
+A tiny Llama learns a part of Python's standard library; GPTQ quantises it; how often each of the two
 guesses the next token is released with differential privacy, ε = 4 for each, so that no single test
 text shows.
 """

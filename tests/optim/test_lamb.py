@@ -422,3 +422,14 @@ def test_timm_agrees():
     theirs = timm.Lamb(two, lr=0.01, weight_decay=0.02, always_adapt=True, max_grad_norm=None)
     assert_paths(trajectory(ours, one), trajectory(theirs, two), 1e-10)
     assert math.isfinite(one[0].sum().item())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_parameters_on_another_device_than_the_current_one_step_there():
+    one = [nn.Parameter(p.detach().to("cuda:1")) for p in weights(dtype=torch.float32)]
+    two = [nn.Parameter(p.detach().clone()) for p in one]
+    assert torch.cuda.current_device() == 0
+    kinds = {"lr": 0.1, "weight_decay": 0.01}
+    fused, loop = LAMB(one, fused=True, **kinds), LAMB(two, foreach=False, **kinds)
+    assert_paths(trajectory(fused, one), trajectory(loop, two), 1e-5)

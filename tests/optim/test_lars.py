@@ -148,3 +148,14 @@ def test_the_fused_kernels_agree_with_the_loop():
     kinds = {"lr": 0.5, "weight_decay": 0.1, "nesterov": True}
     fused, loop = LARS(one, fused=True, **kinds), LARS(two, foreach=False, **kinds)
     assert_paths(trajectory(fused, one), trajectory(loop, two), 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_parameters_on_another_device_than_the_current_one_step_there():
+    one = [nn.Parameter(p.detach().to("cuda:1")) for p in weights(dtype=torch.float32)]
+    two = [nn.Parameter(p.detach().clone()) for p in one]
+    assert torch.cuda.current_device() == 0
+    kinds = {"lr": 0.1, "weight_decay": 0.01}
+    fused, loop = LARS(one, fused=True, **kinds), LARS(two, foreach=False, **kinds)
+    assert_paths(trajectory(fused, one), trajectory(loop, two), 1e-5)

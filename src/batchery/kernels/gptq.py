@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from batchery._core.validate import one_of
-from batchery.kernels.multi_tensor import tl, triton
+from batchery.kernels.multi_tensor import on_its_device, tl, triton
 
 __all__ = ["round_block", "round_block_reference"]
 
@@ -71,7 +71,8 @@ def round_block(
         what = "Triton is not installed" if triton is None else "no kernel"
         raise RuntimeError(f"round_block: {what} for {w.dtype} on {w.device}")
     if can and impl != "torch":
-        return launch(w, factor, scales, zeros, groups)
+        with on_its_device(w):
+            return launch(w, factor, scales, zeros, groups)
     return round_block_reference(w, factor, scales, zeros, groups)
 
 

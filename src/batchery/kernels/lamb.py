@@ -30,6 +30,7 @@ from batchery.kernels.multi_tensor import (
     chunk_load,
     chunk_pointer,
     chunk_store,
+    on_its_device,
     prepared_grads,
     segment_rows,
     squared_norms,
@@ -111,15 +112,16 @@ def lamb_step_(
         if table is None:
             table = ChunkTable(params, blocks=rule.blocks)
         fused = fused_cuda if params[0].is_cuda else _fused_cpu
-        return fused(
-            [params, grads, exp_avgs, exp_avg_sqs, steps],
-            rule,
-            lr,
-            table,
-            grad_divisor=grad_divisor,
-            found_inf=found_inf,
-            reduce=reduce_norms,
-        )
+        with on_its_device(params[0]):
+            return fused(
+                [params, grads, exp_avgs, exp_avg_sqs, steps],
+                rule,
+                lr,
+                table,
+                grad_divisor=grad_divisor,
+                found_inf=found_inf,
+                reduce=reduce_norms,
+            )
     grads = prepared_grads(grads, exp_avgs[0].dtype, grad_divisor, rule.maximize)
     if impl == "foreach":
         directions = _directions_foreach(params, grads, exp_avgs, exp_avg_sqs, steps, rule)

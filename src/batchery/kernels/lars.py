@@ -28,6 +28,7 @@ from batchery.kernels.multi_tensor import (
     chunk_load,
     chunk_pointer,
     chunk_store,
+    on_its_device,
     prepared_grads,
     segment_rows,
     squared_norms,
@@ -98,16 +99,17 @@ def lars_step_(
         if table is None:
             table = ChunkTable(params, blocks=rule.blocks)
         fused = fused_cuda if params[0].is_cuda else _fused_cpu
-        return fused(
-            [params, grads, momentum_buffers or params],
-            rule,
-            lr,
-            table,
-            first=first,
-            grad_divisor=grad_divisor,
-            found_inf=found_inf,
-            reduce=reduce_norms,
-        )
+        with on_its_device(params[0]):
+            return fused(
+                [params, grads, momentum_buffers or params],
+                rule,
+                lr,
+                table,
+                first=first,
+                grad_divisor=grad_divisor,
+                found_inf=found_inf,
+                reduce=reduce_norms,
+            )
     wide_dtype = momentum_buffers[0].dtype if momentum_buffers else params[0].dtype
     grads = prepared_grads(grads, wide_dtype, grad_divisor, rule.maximize)
     wide = [x.to(wide_dtype) for x in params]

@@ -13,6 +13,7 @@ None between steps) and sent again, in one asynchronous copy, only when one has 
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Literal
 
@@ -38,6 +39,7 @@ __all__ = [
     "chunk_pointer",
     "chunk_store",
     "fused_ready",
+    "on_its_device",
     "prepared_grads",
     "require_fused",
     "segment_rows",
@@ -60,6 +62,13 @@ FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def triton_ready(tensor: Tensor) -> bool:
     """Say whether a Triton kernel can run on this tensor's device and dtype."""
     return triton is not None and tensor.is_cuda and tensor.dtype in FUSED_DTYPES
+
+
+def on_its_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Make a tensor's CUDA device the current one, which is where Triton launches."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 class ChunkTable:

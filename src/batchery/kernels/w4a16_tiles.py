@@ -9,7 +9,6 @@ shared memory by asynchronous copies, registers by matrix loads (16-bit words ha
 and one multiply-add each. The matrix instruction takes them from registers.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchery.kernels.multi_tensor import tl, triton
+from batchery.kernels.multi_tensor import on_its_device, tl, triton
 from batchery.kernels.w4a16_layout import NIBBLES, PackedW4
 
 __all__ = ["Tile", "dequantize_tiles", "launch"]
@@ -129,13 +128,6 @@ def _prepared(
         numbers=(*numbers, *constants.values()),
         options={"num_warps": tile.warps, "num_stages": tile.stages},
     )
-
-
-def on_its_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Make a tensor's CUDA device the current one, which is where Triton launches."""
-    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(tensor.device)
 
 
 def dequantize_tiles(weight: PackedW4, dtype: torch.dtype) -> Tensor:
