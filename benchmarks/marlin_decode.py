@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchery.compress.quant import QuantizedWeight, dequantize, pack, quantize_rtn
+from batchery.compress.quant import dequantize, pack, quantize_rtn
 from batchery.kernels.w4a16 import w4a16_matmul
 from batchery.kernels.w4a16_layout import PackedW4
 
@@ -134,17 +134,16 @@ def build(size: Size, device: torch.device) -> dict[str, Model]:
     norms = torch.ones(2, size.hidden, device=device, dtype=torch.bfloat16)
     dense, packed = [], []
     for _ in range(size.layers):
-        plain = {name: in_bfloat16(quantize_rtn(random(*shape))) for name, shape in shapes.items()}
+        plain = {
+            name: quantize_rtn(random(*shape), scale_dtype=torch.bfloat16)
+            for name, shape in shapes.items()
+        }
         small = {name: pack(qw, gated=name == "gate_up")[0] for name, qw in plain.items()}
         large = {name: dequantize(qw, torch.bfloat16) for name, qw in plain.items()}
         packed.append(Layer(**small, norms=norms))
         dense.append(Layer(**large, norms=norms))
     table, head = (random(size.vocabulary, size.hidden).bfloat16() for _ in range(2))
     return {"bfloat16": Model(dense, table, head), "W4": Model(packed, table, head)}
-
-
-def in_bfloat16(qw: QuantizedWeight) -> QuantizedWeight:
-    return QuantizedWeight(qw.q, qw.scales.bfloat16(), None, None, qw.group_size)
 
 
 def new_cache(size: Size, batch: int, context: int, device: torch.device) -> Cache:

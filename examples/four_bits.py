@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A language model trained, put into four bits, and judged without telling of its test texts.
 
-A tiny Llama learns a part of Python's standard library; GPTQ quantises it; how often each of the two
-guesses the next token is released with differential privacy, ε = 4 for each, so that no single test
-text shows.
+A tiny Llama learns a part of Python's standard library; GPTQ quantises it; how often each of the
+two guesses the next token is released with differential privacy, ε = 4 for each, so that no single
+test text shows.
 """
 
 import torch
 
 from batchery import datasets
-from batchery.compress.quant import QuantLinear, gptq_quantize_model
+from batchery.compress.quant import gptq_quantize_model, replace_linears
 from batchery.optim import LAMB, WSDScheduler, layer_adaptation_groups
 from batchery.privacy import Budget, PrivateAccuracy
 from batchery.studies import lab
@@ -42,9 +42,7 @@ def main(steps: int = 300) -> tuple[float, float]:
     rows = torch.stack([row for row in tests if len(row) == SIZE.context + 1]).long()
     dense = accuracy(model, rows)
     report = gptq_quantize_model(model, [next(batches)[:, :-1]], group_size=32, progress=False)
-    for name, weight in report.weights.items():
-        linear = model.get_submodule(name)
-        model.set_submodule(name, QuantLinear.from_linear(linear, weight))
+    replace_linears(model, report.weights)
     four_bits = accuracy(model, rows)
     print(f"next token right: {dense:.1%} dense, {four_bits:.1%} in four bits")
     return dense, four_bits

@@ -17,7 +17,12 @@ from batchery.compress.quant.formats import (
     unpack_gptq,
 )
 from batchery.compress.quant.formats_marlin import pack_marlin, unpack_marlin
-from batchery.compress.quant.partition import join_outputs, slice_inputs, slice_outputs
+from batchery.compress.quant.partition import (
+    fold_act_order,
+    join_outputs,
+    slice_inputs,
+    slice_outputs,
+)
 from batchery.compress.quant.scheme import Scheme, layers_of
 from batchery.compress.quant.weight import QuantizedWeight, dequantize
 
@@ -407,6 +412,46 @@ def test_slices_of_inputs_are_columns():
     assert torch.equal(dequantize(part), dequantize(whole)[:, 40:])
 
 
+@pytest.mark.parametrize("act_order", [False, True])
+def test_an_act_order_folds_into_the_layers_before(act_order):
+    down = draw(24, 128, 32, zeros=True, act_order=act_order)
+    gate, up = draw(128, 64, 32, zeros=True), draw(128, 64, 32, act_order=True, seed=1)
+    x = torch.randn(5, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    biases = torch.randn(2, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def mlp(down, gate, up, biases):
+        w_down, w_gate, w_up = (dequantize(qw, torch.float64) for qw in (down, gate, up))
+        h = torch.nn.functional.silu(x @ w_gate.T + biases[0]) * (x @ w_up.T + biases[1])
+        return h @ w_down.T
+
+    wanted = mlp(down, gate, up, biases)
+    folded, halves, order = fold_act_order(down, [gate, up])
+    assert (order is None) == (not act_order)
+    assert folded.g_idx is None
+    moved = biases if order is None else biases[:, order]
+    torch.testing.assert_close(mlp(folded, *halves, moved), wanted, rtol=1e-10, atol=1e-10)
+    assert halves[0].g_idx is None
+    assert torch.equal(halves[1].g_idx, up.g_idx)
+    # what act-order refuses: the inputs may now lie on two ranks
+    parts = [
+        (slice_inputs(folded, b, b + 64), [h.rows(b, b + 64) for h in halves]) for b in (0, 64)
+    ]
+    summed = sum(
+        mlp(part, *rows, moved[:, b : b + 64])
+        for b, (part, rows) in zip((0, 64), parts, strict=True)
+    )
+    torch.testing.assert_close(summed, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_groups_that_lie_in_order_are_left_where_they_are():
+    down, up = draw(24, 128, 32), draw(128, 64, 32)
+    sorted_ = dataclasses.replace(down, g_idx=down.groups.int())
+    folded, (same,), order = fold_act_order(sorted_, [up])
+    assert order is None
+    assert same is up
+    assert_same(folded, down)
+
+
 def test_joined_weights_of_mixed_zeros():
     a, b = draw(8, 64, 32), draw(16, 64, 32, zeros=True, seed=1)
     joined = join_outputs([a, b])
@@ -423,6 +468,18 @@ def test_joined_weights_of_mixed_zeros():
         (
             lambda: slice_inputs(draw(8, 64, 32, act_order=True), 0, 32),
             "g_idx must be None: act-order spreads the columns of a group over all ranks",
+        ),
+        (
+            lambda: fold_act_order(
+                draw(8, 64, 32, act_order=True), [draw(64, 32, 32), draw(32, 32, 32)]
+            ),
+            r"fold_act_order: before\[1\] must have N = 64, got 32",
+        ),
+        (
+            lambda: fold_act_order(
+                dataclasses.replace(draw(8, 64, 32), g_idx=torch.zeros(64).int()), []
+            ),
+            "fold_act_order: g_idx must give every group 32 columns",
         ),
         (lambda: join_outputs([]), "parts must not be empty"),
         (lambda: join_outputs([draw(8, 64, 32), draw(8, 32, 32)]), r"parts\[1\] must have K = 64"),

@@ -30,7 +30,7 @@ def seen(x):
     return gptq
 
 
-def by_the_equations(w, x, group, symmetric, act_order, static, found, damp=0.01):
+def by_the_equations(w, x, group, symmetric, act_order, static, scale_dtype, found, damp=0.01):
     """GPTQ as the paper writes it: the explicit inverse, one row and one column at a time.
 
     The weight that sets a symmetric scale lies at 7.5 steps, half-way; the last bit of its sum
@@ -53,10 +53,14 @@ def by_the_equations(w, x, group, symmetric, act_order, static, found, damp=0.01
     g_idx = [0] * k
 
     def grid(values):
-        if symmetric:
-            return 2 * max(abs(float(v)) for v in values) / 15, 8
         low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
-        return (high - low) / 15, round(-low / ((high - low) / 15))
+        if symmetric:
+            high = max(high, -low)
+            low = -high
+        scale = (high - low) / 15
+        if scale_dtype is not None:
+            scale = float(torch.tensor(scale, dtype=w.dtype).to(scale_dtype))
+        return scale, 8 if symmetric else round(-low / scale)
 
     for row in range(n):
         rest = w[row, order].clone()
@@ -83,7 +87,8 @@ ORDERS = [(False, False), (True, True), (True, False)]
 @pytest.mark.parametrize("group", [4, 8, 24])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("act_order", "static"), ORDERS)
-def test_the_result_is_that_of_the_equations(group, symmetric, act_order, static):
+@pytest.mark.parametrize("scale_dtype", [None, torch.float16, torch.bfloat16])
+def test_the_result_is_that_of_the_equations(group, symmetric, act_order, static, scale_dtype):
     x, w = correlated(60, 24), weights(5, 24)
     x[:, 7] = 0
     qw = seen(x).quantize(
@@ -93,11 +98,13 @@ def test_the_result_is_that_of_the_equations(group, symmetric, act_order, static
         act_order=act_order,
         static_groups=static,
         block_size=5,
+        scale_dtype=scale_dtype,
     )
-    how = (group, symmetric, act_order, static, qw.q)
+    how = (group, symmetric, act_order, static, scale_dtype, qw.q)
     q, scales, zeros, g_idx = by_the_equations(w, x, *how)
     assert torch.equal(qw.q, q)
-    torch.testing.assert_close(qw.scales, scales, rtol=1e-10, atol=0)
+    assert qw.scales.dtype == (scale_dtype or torch.float64)
+    torch.testing.assert_close(qw.scales.double(), scales, rtol=1e-10, atol=0)
     assert (qw.zeros is None) == symmetric
     assert symmetric or torch.equal(qw.zeros.double(), zeros)
     assert qw.groups.tolist() == g_idx
@@ -134,7 +141,7 @@ def test_correlated_inputs_gain_a_factor(symmetric, factor):
         qw = gptq.quantize(
             w, group_size=32, symmetric=symmetric, act_order=act_order, static_groups=static
         )
-        assert qw.scales.dtype == torch.float32
+        assert qw.scales.dtype == torch.float16
         assert gptq.hessian_error(w, qw) * factor < rtn
 
 
@@ -170,7 +177,7 @@ def test_it_comes_near_the_best_of_all_roundings_up_and_down():
 
 def test_one_column_is_closed_form():
     w = torch.tensor([[0.31], [-2.0]], dtype=torch.float64)
-    qw = seen(torch.ones(3, 1, dtype=torch.float64)).quantize(w, group_size=-1)
+    qw = seen(torch.ones(3, 1, dtype=torch.float64)).quantize(w, group_size=-1, scale_dtype=None)
     # the one weight of a group lies at 7.5 steps: half to even, then clipped
     assert qw.q.tolist() == [[15], [0]]
     torch.testing.assert_close(qw.scales, 2 * w.abs() / 15)
@@ -263,7 +270,7 @@ def test_damping_grows_until_the_hessian_will_do():
     with pytest.warns(UserWarning, match=r"GPTQ: .* not positive definite at damp=1: RTN"):
         found = indefinite(-3.0).quantize(w.float(), group_size=4, symmetric=False)
     assert torch.equal(found.q, quantize_rtn(w.float(), group_size=4, symmetric=False).q)
-    assert found.scales.dtype == torch.float64  # as of any result of these sums
+    assert found.scales.dtype == torch.float16
 
 
 @pytest.mark.parametrize(("act_order", "static"), ORDERS)
@@ -288,6 +295,9 @@ def test_clip_search_lowers_the_weighted_error(act_order, static):
         ({"w": torch.ones(2, 8)}, r"layer 3: w must be \(N, 16\), got \(2, 8\)"),
         ({"w": torch.full((2, 16), torch.nan)}, "layer 3: w must be finite"),
         ({"impl": "cuda"}, "impl must be one of"),
+        ({"scale_dtype": torch.int8}, "layer 3: scale_dtype must be one of torch.float16, "),
+        ({"w": torch.full((2, 16), 1e6)}, "layer 3: scale_dtype must hold the scales"),
+        ({"w": torch.full((2, 16), 1e6), "act_order": True}, "scale_dtype must hold the scales"),
     ],
 )
 def test_what_cannot_be_is_named(change, message):

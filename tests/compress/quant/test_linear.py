@@ -106,6 +106,78 @@ def test_a_state_is_portable(kind, assign):
         assert all(torch.equal(again[name], state[name]) for name in state)
 
 
+GATED = [kind for kind in KINDS if kind != "one-group"]  # which has 33 rows
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", GATED)
+def test_a_gated_layer_joins_gate_and_up(kind, dtype):
+    qw = draw(*KINDS[kind])
+    rows, k = qw.shape
+    bias = inputs(rows, seed=2)
+    layer = QuantLinear.from_quantized(qw, bias, gated=True)
+    assert (layer.out_features, layer.rows) == (rows // 2, rows)
+    assert_same(layer.quantized_weight(), qw)
+    assert torch.equal(layer.dequantize(), dequantize(qw))
+    assert torch.equal(layer.bias, bias)
+    w = dequantize(qw, torch.float64)
+    for shape in ((k,), (2, 5, k), (0, k)):
+        x = inputs(*shape, dtype=dtype)
+        y = layer(x)
+        assert y.dtype == dtype
+        gate, up = F.linear(x.double(), w, bias.double()).chunk(2, -1)
+        assert y.shape == gate.shape
+        if y.numel():
+            assert_near(y, F.silu(gate) * up, 2 * TOLERANCE[dtype])  # two factors
+
+
+@pytest.mark.parametrize("kind", GATED)
+def test_a_gated_state_is_that_of_gate_over_up(kind):
+    qw = draw(*KINDS[kind])
+    rows, k = qw.shape
+    source = QuantLinear.from_quantized(qw, inputs(rows), gated=True)
+    plain = QuantLinear.from_quantized(qw, inputs(rows)).state_dict()
+    state = source.state_dict()
+    assert state.keys() == plain.keys()
+    assert all(torch.equal(state[name], plain[name]) for name in state)
+    other = QuantLinear(k, rows // 2, gated=True)
+    other.load_state_dict(state)
+    assert torch.equal(other(inputs(4, k)), source(inputs(4, k)))
+    with pytest.raises(RuntimeError, match=f"layout must be version 1, 4 bits, {rows // 2}×{k}"):
+        QuantLinear(k, rows // 2).load_state_dict(state)
+
+
+def test_a_gated_layer_is_no_dense_layer_and_takes_no_adapter():
+    layer = QuantLinear.from_quantized(draw(*KINDS["zeros"]), torch.ones(48), gated=True)
+    assert "bits=4, group_size=64, gated=True, zeros=True" in repr(layer)
+    with pytest.raises(ValueError, match="QuantLinear: gated must be False for to_linear"):
+        layer.to_linear()
+    with pytest.raises(ValueError, match="gate and up rows to be gated, got 33"):
+        QuantLinear.from_quantized(draw(*KINDS["one-group"]), gated=True)
+    peft = pytest.importorskip("peft")
+    config = lora_for_quantized(peft.LoraConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match="lora_for_quantized: target_modules must not be gated"):
+        peft.get_peft_model(nn.Sequential(layer), config)
+
+
+def test_gradients_pass_a_gated_layer():
+    qw = draw(*KINDS["act-order"])
+    layer = QuantLinear.from_quantized(qw, inputs(48, seed=2), gated=True)
+    x = inputs(4, 256).requires_grad_()
+    layer(x).square().sum().backward()
+    wanted = x.detach().double().requires_grad_()
+    w, bias = dequantize(qw, torch.float64), layer.bias.double()
+    gate, up = F.linear(wanted, w, bias).chunk(2, -1)
+    (F.silu(gate) * up).square().sum().backward()
+    assert_near(x.grad, wanted.grad, 1e-5)
+
+
+def test_layers_that_share_an_order_have_each_its_own():
+    qw = draw(*KINDS["act-order"])
+    layers = [QuantLinear.from_quantized(qw.rows(begin, begin + 24)) for begin in (0, 24)]
+    assert len({layer.g_idx.data_ptr() for layer in layers}) == 2
+
+
 def test_an_empty_layer_says_so():
     layer = QuantLinear(64, 8)
     with pytest.raises(RuntimeError, match="QuantLinear: the layer has no weight"):

@@ -378,8 +378,20 @@ def test_half_precision_weights_stay_half():
     weight = model.model.layers[0].self_attn.q_proj.weight
     assert weight.dtype == torch.bfloat16
     qw = report.weights["model.layers.0.self_attn.q_proj"]
-    assert qw.scales.dtype == torch.float32
+    assert qw.scales.dtype == torch.float16
     assert torch.equal(weight, dequantize(qw, torch.bfloat16))
+
+
+def test_scales_have_the_dtype_that_was_asked_for(tmp_path):
+    how = {**HOW, "scale_dtype": torch.bfloat16}
+    first = gptq_quantize_model(llama(1), [ids()], folder=tmp_path, **how)
+    again = gptq_quantize_model(llama(1), [ids()], folder=tmp_path, **how)
+    plain = rtn_quantize_model(llama(1), group_size=8, scale_dtype=torch.bfloat16)
+    for weights in (first.weights, again.weights, plain):
+        assert {qw.scales.dtype for qw in weights.values()} == {torch.bfloat16}
+    assert all(torch.equal(again.weights[name].q, qw.q) for name, qw in first.weights.items())
+    with pytest.raises(ValueError, match="scale_dtype='torch.bfloat16', this object scale_dtype="):
+        gptq_quantize_model(llama(1), [ids()], folder=tmp_path, **HOW)
 
 
 def test_what_cannot_be_is_named():

@@ -14,7 +14,7 @@ def weights(n, k, seed=0):
 @pytest.mark.parametrize("group", [4, 12, -1])
 def test_symmetric_rounding_is_that_of_the_equations(group):
     w = weights(5, 24)
-    qw = quantize_rtn(w, group_size=group)
+    qw = quantize_rtn(w, group_size=group, scale_dtype=None)
     size = 24 if group == -1 else group
     assert (qw.group_size, qw.zeros, qw.g_idx) == (size, None, None)
     for row in range(5):
@@ -30,7 +30,7 @@ def test_asymmetric_rounding_is_that_of_the_equations():
     w = weights(5, 24)
     w[0] = w[0].abs()
     w[1] = -w[1].abs()
-    qw = quantize_rtn(w, group_size=8, symmetric=False)
+    qw = quantize_rtn(w, group_size=8, symmetric=False, scale_dtype=None)
     for row in range(5):
         for group in range(3):
             part = w[row, group * 8 : group * 8 + 8]
@@ -48,7 +48,7 @@ def test_asymmetric_rounding_is_that_of_the_equations():
 def test_a_group_of_one_sign_keeps_its_range(sign):
     """MARLIN's script halves it: what is above 7 steps of max/15 is clipped."""
     w = sign * weights(16, 64).abs()
-    qw = quantize_rtn(w, group_size=32)
+    qw = quantize_rtn(w, group_size=32, scale_dtype=None)
     steps = (dequantize(qw, torch.float64) - w).abs() / qw.scales.repeat_interleave(32, 1)
     assert float(steps.max()) <= 0.5 + 1e-9
 
@@ -57,9 +57,8 @@ def test_a_group_of_one_sign_keeps_its_range(sign):
 def test_clip_search_finds_the_best_of_its_ranges(symmetric):
     w = weights(6, 16)
     w[:, ::8] *= 4
-    found = dequantize(
-        quantize_rtn(w, group_size=8, symmetric=symmetric, clip_search=True), torch.float64
-    )
+    how = {"symmetric": symmetric, "clip_search": True, "scale_dtype": None}
+    found = dequantize(quantize_rtn(w, group_size=8, **how), torch.float64)
     for row in range(6):
         for begin in (0, 8):
             part = w[row, begin : begin + 8]
@@ -88,11 +87,50 @@ def test_weights_that_are_all_zero_stay_zero():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_scales_are_wide_whatever_the_weights(dtype):
+def test_sums_are_wide_whatever_the_weights(dtype):
     w = weights(4, 32).to(dtype)
-    qw = quantize_rtn(w, group_size=16)
+    qw = quantize_rtn(w, group_size=16, scale_dtype=None)
     assert qw.scales.dtype == torch.float32
-    assert torch.equal(qw.q, quantize_rtn(w.float(), group_size=16).q)
+    assert torch.equal(qw.q, quantize_rtn(w.float(), group_size=16, scale_dtype=None).q)
+
+
+@pytest.mark.parametrize("clip_search", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_weights_are_rounded_with_the_scales_that_are_stored(dtype, clip_search):
+    w = weights(64, 128)
+    for symmetric in (True, False):
+        how = {"symmetric": symmetric, "clip_search": clip_search}
+        qw = quantize_rtn(w, group_size=32, scale_dtype=dtype, **how)
+        assert qw.scales.dtype == dtype
+        steps = w.view(64, 4, 32) / qw.scales.double()[:, :, None]
+        z = 8 if qw.zeros is None else qw.zeros.double()[:, :, None]
+        wanted = (steps.round() + z).clamp(0, 15)
+        assert torch.equal(qw.q.double(), wanted.flatten(1))
+        wide = quantize_rtn(w, group_size=32, scale_dtype=None, **how)
+        if not clip_search:  # a search may find another range
+            assert torch.equal(qw.scales, wide.scales.to(dtype))
+        assert dtype != torch.bfloat16 or not torch.equal(qw.q, wide.q)
+
+
+def test_scales_too_small_for_their_dtype_become_its_smallest():
+    least = 2.0**-24  # of float16
+    for high in (1e-12, 1.4 * 15 * least, 2.6 * 15 * least):
+        w = torch.tensor([[0.0, high / 2, high, high]], dtype=torch.float64)
+        for symmetric in (True, False):
+            qw = quantize_rtn(w, group_size=4, symmetric=symmetric)
+            assert float(qw.scales) >= least
+            steps = (dequantize(qw, torch.float64) - w).abs() / float(qw.scales)
+            assert float(steps.max()) < (8 if high > least else 0.5)
+
+
+def test_scales_too_large_for_their_dtype_are_refused():
+    w = torch.full((2, 8), 5e5)
+    rule = "quantize_rtn: scale_dtype must hold the scales: take bfloat16, .* got torch.float16"
+    for symmetric in (True, False):
+        how = {"group_size": 4, "symmetric": symmetric}
+        assert torch.isfinite(quantize_rtn(w, scale_dtype=torch.bfloat16, **how).scales).all()
+    with pytest.raises(ValueError, match=rule):
+        quantize_rtn(w * 10, group_size=4)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +138,7 @@ def test_scales_are_wide_whatever_the_weights(dtype):
     [
         ({"group_size": 3}, "quantize_rtn: group_size must divide K = 8, got 3"),
         ({"group_size": -2}, "quantize_rtn: group_size must be >= 1, got -2"),
+        ({"scale_dtype": torch.float64}, "quantize_rtn: scale_dtype must be one of torch.float16"),
         ({"bits": 3}, "quantize_rtn: bits must be one of 4, got 3"),
         ({"w": torch.ones(8)}, r"quantize_rtn: w must be \(N, K\), not empty, got \(8,\)"),
         ({"w": torch.ones(2, 8, dtype=torch.int32)}, "quantize_rtn: w must be floating"),

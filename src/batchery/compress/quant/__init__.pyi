@@ -15,9 +15,12 @@ from .lora import lora_for_quantized as lora_for_quantized
 from .model import QuantizationReport as QuantizationReport
 from .model import gptq_quantize_model as gptq_quantize_model
 from .model import rtn_quantize_model as rtn_quantize_model
+from .partition import fold_act_order as fold_act_order
 from .partition import join_outputs as join_outputs
 from .partition import slice_inputs as slice_inputs
 from .partition import slice_outputs as slice_outputs
+from .replace import fuse_mlps as fuse_mlps
+from .replace import replace_linears as replace_linears
 from .rtn import quantize_rtn as quantize_rtn
 from .transformers_plugin import disable_transformers as disable_transformers
 from .transformers_plugin import enable_transformers as enable_transformers

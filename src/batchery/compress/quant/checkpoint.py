@@ -149,6 +149,9 @@ def save_quantized(
 def quantized_state_dict(model: nn.Module, scheme: Scheme) -> dict[str, Tensor]:
     """Return a model's state with quantised layers in a checkpoint's format, tied tensors once."""
     layers = dict(quant_layers(model))
+    fused = [name for name, layer in layers.items() if layer.gated]
+    rule = "must not be fused: formats have gate and up apart; save before fuse_mlps"
+    require(not fused, "save_quantized", "model", rule, fused[:3])
     state: dict[str, Tensor] = {}
     seen = set()
     for name, tensor in _state_without(model, layers).items():

@@ -19,6 +19,9 @@ columns:
 indices, and its errors name the tensor. q, zeros and groups survive a round trip as they are;
 scales go to float16 in all but compressed-tensors.
 
+HQQ's tuples are not read: its zeros are fractions, fitted to each group, and neither these formats
+nor the kernels' q - z, whole numbers from 0 to 15, hold them. To round them is to quantise again.
+
 Reference: the layouts of AutoGPTQ and GPTQModel, AutoAWQ, and compressed-tensors.
 
 Where we differ: the label "gptq" is on files of both versions. A symmetric weight says itself which

@@ -14,7 +14,8 @@ that was never used is set to 0. With λ = damp·mean(diag H):
         w_j ← w_j - U[i, j]·e_i          for all j > i
 
 A group's scale is chosen when its first column is reached, so it fits the corrected weights.
-Act-order with static groups needs them earlier: from the weights as they were.
+Act-order with static groups needs them earlier: from the weights as they were. Scales are rounded
+to the dtype that they will be stored in before columns are: that error is made up for, too.
 
 Reference: Frantar et al., "GPTQ", ICLR 2023, arXiv 2210.17323.
 
@@ -27,12 +28,19 @@ symmetric scale for a group of one sign is not followed; see `rtn`.
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from batchery._core.validate import integer, number, require
-from batchery.compress.quant.rtn import checked_group_size, choose_grid, quantize_rtn
+from batchery._core.validate import integer, number, one_of, require
+from batchery.compress.quant.rtn import (
+    SCALE_DTYPES,
+    checked_group_size,
+    choose_grid,
+    quantize_rtn,
+    stored_scales,
+)
 from batchery.compress.quant.weight import QuantizedWeight, dequantize
 from batchery.kernels.gptq import Impl, round_block
 
@@ -167,6 +175,7 @@ class GPTQ:
         damp: float = 0.01,
         block_size: int = 128,
         clip_search: bool = False,
+        scale_dtype: torch.dtype | None = torch.float16,
         impl: Impl = "auto",
     ) -> QuantizedWeight:
         """Quantise a weight for the inputs seen.
@@ -188,14 +197,15 @@ class GPTQ:
             block_size: columns that are corrected at once; for speed alone.
             clip_search: try 76 ranges for each group, and keep the one with the least Σ e²; for
                 static groups, with the least squared error of the weights.
+            scale_dtype: what scales are rounded to; see `quantize_rtn`.
             impl: form of `round_block`.
 
         Returns:
-            The weight, scales in the dtype of the sums.
+            The weight, scales in `scale_dtype`; without one in the dtype of the sums.
 
         Raises:
             ValueError: a setting, shape or value that does not fit; no tokens; inputs that were
-                not finite.
+                not finite; a scale too large for `scale_dtype`.
         """
         size = checked_group_size(self.name, w, bits, group_size)
         k = len(self.gram)
@@ -204,6 +214,8 @@ class GPTQ:
         require(w.device == device, self.name, "w", f"must be on {device}", w.device)
         number(self.name, "damp", damp, at_least=0)
         integer(self.name, "block_size", block_size, at_least=1)
+        one_of(self.name, "scale_dtype", scale_dtype, SCALE_DTYPES)
+        grid: dict[str, Any] = {"symmetric": symmetric, "scale_dtype": scale_dtype}
         hessian = self.hessian
         dead = hessian.diagonal() == 0
         hessian.diagonal().masked_fill_(dead, 1.0)
@@ -213,13 +225,11 @@ class GPTQ:
             order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
         factor = self._factor(hessian if order is None else hessian[order][:, order], damp)
         if factor is None:
-            return quantize_rtn(wide, group_size=size, symmetric=symmetric, clip_search=clip_search)
+            return quantize_rtn(wide, group_size=size, clip_search=clip_search, **grid)
         groups = torch.arange(k, device=device) // size
-        rounder = _Rounder(wide, size, symmetric, clip_search, block_size, impl)
+        rounder = _Rounder(wide, size, symmetric, scale_dtype, clip_search, block_size, impl)
         if order is not None and static_groups:
-            grids = quantize_rtn(
-                wide, group_size=size, symmetric=symmetric, clip_search=clip_search
-            )
+            grids = quantize_rtn(wide, group_size=size, clip_search=clip_search, **grid)
             q = rounder.with_grids(wide.t()[order].contiguous(), factor, groups[order], grids)
         else:
             rows = wide.t() if order is None else wide.t()[order]
@@ -230,9 +240,8 @@ class GPTQ:
             q = q[inverse]
             g_idx = None if static_groups else groups[inverse].int()
         zeros = None if rounder.zeros is None else rounder.zeros.t().contiguous()
-        return QuantizedWeight(
-            q.t().contiguous(), rounder.scales.t().contiguous(), zeros, g_idx, size
-        )
+        scales = stored_scales(self.name, rounder.scales.t().contiguous(), scale_dtype)
+        return QuantizedWeight(q.t().contiguous(), scales, zeros, g_idx, size)
 
     def _factor(self, hessian: Tensor, damp: float) -> Tensor | None:
         for _ in range(DAMPINGS):
@@ -272,6 +281,7 @@ class _Rounder:
         w: Tensor,
         group_size: int,
         symmetric: bool,
+        scale_dtype: torch.dtype | None,
         clip_search: bool,
         block_size: int,
         impl: Impl,
@@ -280,6 +290,7 @@ class _Rounder:
         self.scales = w.new_empty(shape)
         self.zeros = None if symmetric else w.new_empty(shape, dtype=torch.uint8)
         self._group_size = group_size
+        self._scale_dtype = scale_dtype
         self._clip_search = clip_search
         self._block_size = block_size
         self._impl = impl
@@ -319,6 +330,7 @@ class _Rounder:
         scales, zeros = choose_grid(
             rows.t(),
             symmetric=self.zeros is None,
+            scale_dtype=self._scale_dtype,
             cost=cost if self._clip_search else None,
             at_once=max(1, SEARCHED // rows.numel()),
         )

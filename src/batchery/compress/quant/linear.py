@@ -7,15 +7,16 @@ tokens) it saves memory, not time.
 
     y = x[..., order] · Wᵀ + bias        w[n, k] = s[n, g(k)] · (q[n, k] - z[n, g(k)])
 
-with `order` bringing the columns of an act-order group together. The weight lies on its device in
-one form only, that of the kernels. `state_dict` has a portable one, in words of eight columns,
-lowest four bits first:
+with `order` bringing the columns of an act-order group together. A gated layer holds gate over up,
+and gives silu(gate)·up in one product. The weight lies on its device in one form only, that of the
+kernels. `state_dict` has a portable one, in words of eight columns, lowest four bits first:
 
     qweight int32 [N, ceil(K/8)]   scales [N, K/G]   zeros uint8 [N, K/G]   g_idx int32 [K]
     layout int64 (version, bits, N, K, G)
 
-without `zeros` for a symmetric weight and without `g_idx` for groups in order. Loading packs it
-again. Scales keep their dtype when the module's changes: rounding them would change the weight.
+where N counts gate and up, without `zeros` for a symmetric weight and without `g_idx` for groups in
+order. Loading packs it again. Scales keep their dtype when the module's changes: rounding them
+would change the weight.
 
 In DistributedDataParallel pass `broadcast_buffers=False`, or every step sends the frozen weights.
 """
@@ -51,12 +52,13 @@ class QuantLinear(nn.Module):
         in_features: K.
         out_features: N.
         bias: have a bias, zero until it is loaded.
+        gated: hold 2N rows, gate over up, and give silu(gate)·up.
         batch_invariant: give each row the bits that it would have alone; see `w4a16_matmul`.
         device: of the bias; the weight comes where the loaded tensors are.
         dtype: of the bias, and of the layer that `to_linear` makes; x may have any.
 
     Attributes:
-        bias: frozen, `(N,)` or None.
+        bias: frozen, `(N,)` (gated: `(2N,)`) or None.
         dtype: follows `.to(dtype)`.
 
     Example:
@@ -85,6 +87,7 @@ class QuantLinear(nn.Module):
         out_features: int,
         bias: bool = True,
         *,
+        gated: bool = False,
         batch_invariant: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -92,6 +95,7 @@ class QuantLinear(nn.Module):
         """Make an empty layer; see the class."""
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self.gated = gated
         self.batch_invariant = batch_invariant
         self.group_size = in_features
         self.dtype = dtype or torch.get_default_dtype()
@@ -99,7 +103,7 @@ class QuantLinear(nn.Module):
             self.register_buffer(name, None, persistent=False)
         self.bias: nn.Parameter | None = None
         if bias:
-            zero = torch.zeros(out_features, device=device, dtype=self.dtype)
+            zero = torch.zeros(self.rows, device=device, dtype=self.dtype)
             self.bias = nn.Parameter(zero, requires_grad=False)
 
     @classmethod
@@ -108,6 +112,7 @@ class QuantLinear(nn.Module):
         qw: QuantizedWeight,
         bias: Tensor | None = None,
         *,
+        gated: bool = False,
         batch_invariant: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -117,17 +122,28 @@ class QuantLinear(nn.Module):
         Args:
             qw: the weight.
             bias: copied, in `dtype`.
+            gated: the weight is gate over up, made by `join_outputs`.
             batch_invariant: see the class.
             device: by default the weight's.
             dtype: by default the bias's or, without one, the scales'.
 
         Raises:
-            ValueError: the kernels have no such group size, or the bias does not fit.
+            ValueError: the kernels have no such group size, the bias does not fit, or a gated
+                weight has an odd number of rows.
+
+        Example:
+            >>> from batchery.compress.quant.partition import join_outputs
+            >>> from batchery.compress.quant.rtn import quantize_rtn
+            >>> gate, up = (quantize_rtn(torch.randn(48, 64), group_size=32) for _ in range(2))
+            >>> layer = QuantLinear.from_quantized(join_outputs([gate, up]), gated=True)
+            >>> layer(torch.ones(64)).shape
+            torch.Size([48])
         """
         n, k = qw.shape
         dtype = dtype or (qw.scales if bias is None else bias).dtype
         device = qw.q.device if device is None else torch.device(device)
-        layer = cls(k, n, bias=False, batch_invariant=batch_invariant, dtype=dtype)
+        kinds: dict[str, Any] = {"gated": gated, "batch_invariant": batch_invariant}
+        layer = cls(k, n // 2 if gated else n, bias=False, dtype=dtype, **kinds)
         layer._fill(qw, device)
         if bias is not None:
             require(bias.shape == (n,), "QuantLinear", "bias", f"must be ({n},)", tuple(bias.shape))
@@ -171,7 +187,10 @@ class QuantLinear(nn.Module):
         return cls.from_quantized(qw, tensors.get("bias"), device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x `(..., K)` · Wᵀ + bias, `(..., N)`, in x's dtype (autocast's, within it)."""
+        """Return x `(..., K)` · Wᵀ + bias, `(..., N)`, in x's dtype (autocast's, within it).
+
+        Of a gated layer it is silu(gate)·up.
+        """
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
@@ -179,6 +198,11 @@ class QuantLinear(nn.Module):
         if order is not None:
             x = x.index_select(-1, order)
         return w4a16_matmul(x, self.packed, bias=self.bias, batch_invariant=self.batch_invariant)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the weight."""
+        return 2 * self.out_features if self.gated else self.out_features
 
     @property
     def packed(self) -> PackedW4:
@@ -194,9 +218,9 @@ class QuantLinear(nn.Module):
             zeros=parts["zeros"],
             counters=counters,
             native=None if native is None or table is None else (native, table),
-            shape=(self.out_features, self.in_features),
+            shape=(self.rows, self.in_features),
             group_size=self.group_size,
-            gated=False,
+            gated=self.gated,
         )
 
     def quantized_weight(self) -> QuantizedWeight:
@@ -208,7 +232,7 @@ class QuantLinear(nn.Module):
         plain = replace(packed, scales=ones, zeros=none)
         q = torch.cat([part.to(torch.uint8) for part in dequantized_slices(plain, torch.float32)])
         return QuantizedWeight(
-            self._in_first_order(q),
+            self._in_first_order(_unweave(q) if self.gated else q),
             self._table(packed.scales),
             None if packed.zeros is None else self._table(packed.zeros),
             self.g_idx,
@@ -221,6 +245,7 @@ class QuantLinear(nn.Module):
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """Return an `nn.Linear` with the dequantised weight, by default in the layer's dtype."""
+        require(not self.gated, "QuantLinear", "gated", "must be False for to_linear", self.gated)
         dtype = dtype or self.dtype
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(self.dequantize(dtype), requires_grad=False)
@@ -231,12 +256,13 @@ class QuantLinear(nn.Module):
     @property
     def layout(self) -> Tensor:
         """(version, bits, N, K, G) of the state."""
-        sizes = (self.out_features, self.in_features, self.group_size)
+        sizes = (self.rows, self.in_features, self.group_size)
         return torch.tensor([VERSION, BITS, *sizes])
 
     def extra_repr(self) -> str:
         """Show sizes, groups and what kind of weight it is."""
-        kinds = "" if self.zeros is None else ", zeros=True"
+        kinds = ", gated=True" if self.gated else ""
+        kinds += "" if self.zeros is None else ", zeros=True"
         kinds += "" if self.g_idx is None else ", act_order=True"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
@@ -245,17 +271,19 @@ class QuantLinear(nn.Module):
 
     def _fill(self, qw: QuantizedWeight, device: torch.device) -> None:
         """Take over a weight."""
-        packed, self.order = pack(qw, device=device)
+        packed, self.order = pack(qw, gated=self.gated, device=device)
         self.group_size = qw.group_size
         # Of int16, collectives know nothing.
         self.qweight = packed.words.view(torch.int32)
         self.scales, self.zeros, self.counters = packed.scales, packed.zeros, packed.counters
-        self.g_idx = None if qw.g_idx is None else qw.g_idx.to(device)
+        # Layers that were quantised together share it; in files each needs its own.
+        self.g_idx = None if qw.g_idx is None else qw.g_idx.to(device, copy=True)
         self.native, self.native_table = packed.native or (None, None)
 
     def _table(self, table: Tensor) -> Tensor:
         groups = self.in_features // self.group_size
-        return table[:groups, : self.out_features].t().contiguous()
+        rows = table[:groups, : self.rows].t()
+        return _unweave(rows) if self.gated else rows.contiguous()
 
     def _in_first_order(self, columns: Tensor) -> Tensor:
         if self.order is None:
@@ -324,7 +352,7 @@ class QuantLinear(nn.Module):
 
     def _from_state(self, state: Mapping[str, Tensor]) -> QuantizedWeight:
         """Return the weight of a portable state, or raise a ValueError."""
-        n, k = self.out_features, self.in_features
+        n, k = self.rows, self.in_features
         layout = state["layout"].tolist()
         fits = len(layout) == 5 and layout[:4] == [VERSION, BITS, n, k]
         rule = f"must be version {VERSION}, {BITS} bits, {n}×{k}"
@@ -340,3 +368,8 @@ class QuantLinear(nn.Module):
             state.get("g_idx"),
             group_size=layout[4],
         )
+
+
+def _unweave(rows: Tensor) -> Tensor:
+    """Return gate over up of gate 0, up 0, gate 1, up 1 and so on."""
+    return torch.cat([rows[0::2], rows[1::2]])

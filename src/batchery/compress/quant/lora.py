@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from batchery._core.validate import import_extra
+from batchery._core.validate import import_extra, require
 from batchery.compress.quant.linear import QuantLinear
 
 __all__ = ["lora_for_quantized"]
@@ -46,6 +46,9 @@ def _lora_class() -> type[nn.Module]:
         """LoRA whose base is four-bit until it is merged."""
 
         def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
+            gated = isinstance(base_layer, QuantLinear) and base_layer.gated
+            rule = "must not be gated: adapt gate and up before they are fused"
+            require(not gated, "lora_for_quantized", "target_modules", rule, adapter_name)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Unsupported layer type")
                 super().__init__(base_layer, adapter_name, **kwargs)

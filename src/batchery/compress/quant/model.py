@@ -81,6 +81,7 @@ def gptq_quantize_model(
     damp: float = 0.01,
     block_size: int = 128,
     clip_search: bool = False,
+    scale_dtype: torch.dtype | None = torch.float16,
     exclude: Sequence[str] = EXCLUDED,
     min_expert_tokens: int = 256,
     folder: str | Path | None = None,
@@ -97,7 +98,7 @@ def gptq_quantize_model(
         model: on the device that shall compute.
         calibration: batches: token ids `(B, T)`, or keyword arguments of the model, whose
             `attention_mask` says what is padding.
-        bits: as in `GPTQ.quantize`, with the seven that follow.
+        bits: as in `GPTQ.quantize`, with the eight that follow.
         group_size: see there.
         symmetric: see there.
         act_order: see there.
@@ -105,6 +106,7 @@ def gptq_quantize_model(
         damp: see there.
         block_size: see there.
         clip_search: see there.
+        scale_dtype: see there.
         exclude: shell-style patterns of module names to leave alone; routers by default.
         min_expert_tokens: an expert that saw fewer is quantised for the inputs of all experts of
             its layer.
@@ -145,14 +147,20 @@ def gptq_quantize_model(
         "damp": damp,
         "block_size": block_size,
         "clip_search": clip_search,
+        "scale_dtype": scale_dtype,
     }
     blocks, targets_in = _blocks_and_targets(OWNER, model, exclude, group_size)
     calls = [call for batch in calibration for call in cut_padding(OWNER, batch)]
     require(bool(calls), OWNER, "calibration", "must hold tokens", "none")
     kept = None
     if folder is not None:
-        settings = {**how, "exclude": list(exclude), "min_expert_tokens": min_expert_tokens}
-        kept = KeptBlocks(OWNER, Path(folder), {**settings, "calibration": digest_of(calls)})
+        settings: dict[str, Any] = {
+            **how,
+            "exclude": list(exclude),
+            "min_expert_tokens": min_expert_tokens,
+        }
+        settings |= {"scale_dtype": str(scale_dtype), "calibration": digest_of(calls)}
+        kept = KeptBlocks(OWNER, Path(folder), settings)
     weights: dict[str, QuantizedWeight] = {}
     layers: list[LayerReport] = []
     names: dict[int, str] = {}  # address of a weight → the first module that has it
@@ -190,16 +198,18 @@ def rtn_quantize_model(
     group_size: int = 128,
     symmetric: bool = True,
     clip_search: bool = False,
+    scale_dtype: torch.dtype | None = torch.float16,
     exclude: Sequence[str] = EXCLUDED,
 ) -> dict[str, QuantizedWeight]:
     """Round the linear layers of a decoder's blocks to nearest; their weights are replaced.
 
     Args:
         model: any that `gptq_quantize_model` takes.
-        bits: as in `quantize_rtn`, with the three that follow.
+        bits: as in `quantize_rtn`, with the four that follow.
         group_size: see there.
         symmetric: see there.
         clip_search: see there.
+        scale_dtype: see there.
         exclude: shell-style patterns of module names to leave alone; routers by default.
 
     Returns:
@@ -209,6 +219,7 @@ def rtn_quantize_model(
         ValueError: a setting that does not fit a layer.
     """
     how: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "clip_search": clip_search}
+    how["scale_dtype"] = scale_dtype
     _, targets_in = _blocks_and_targets("rtn_quantize_model", model, exclude, group_size)
     weights: dict[str, QuantizedWeight] = {}
     names: dict[int, str] = {}
@@ -296,7 +307,8 @@ def _quantize_together(
     """Quantise layers that share their inputs."""
     begin = time.perf_counter()
     stacked = gptq.quantize(torch.cat([target.weight for target in members]), **how)
-    plain = {name: how[name] for name in ("bits", "group_size", "symmetric", "clip_search")}
+    shared = ("bits", "group_size", "symmetric", "clip_search", "scale_dtype")
+    plain = {name: how[name] for name in shared}
     found = []
     row = 0
     for target in members:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantised weights cut for tensor parallelism, and joined for fused projections.
+"""Quantised weights cut for tensor parallelism, joined for fused projections, and reordered.
 
 A weight `(N, K)` is cut along N where each rank computes some outputs (column-parallel, as the
 weight is K×N on paper), and along K where each rank holds some inputs (row-parallel: the ranks'
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from batchery._core.validate import integer, require
-from batchery.compress.quant.weight import MIDDLE, QuantizedWeight
+from batchery.compress.quant.weight import MIDDLE, QuantizedWeight, act_order
 
-__all__ = ["join_outputs", "slice_inputs", "slice_outputs"]
+__all__ = ["fold_act_order", "join_outputs", "slice_inputs", "slice_outputs"]
 
 STEP = 8  # rows or columns in a word of the storage formats
 
@@ -66,8 +66,8 @@ def slice_inputs(qw: QuantizedWeight, begin: int, end: int) -> QuantizedWeight:
     """
     owner = "slice_inputs"
     rule = (
-        "must be None: act-order spreads the columns of a group over all ranks. Cut outputs "
-        "instead, or quantise without act_order"
+        "must be None: act-order spreads the columns of a group over all ranks. Fold it into "
+        "the layer before, cut outputs instead, or quantise without act_order"
     )
     require(qw.g_idx is None, owner, "g_idx", rule, "a g_idx")
     k, size = qw.shape[1], qw.group_size
@@ -126,6 +126,51 @@ def join_outputs(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
         scales=torch.cat([part.scales for part in parts]),
         zeros=zeros,
     )
+
+
+def fold_act_order(
+    qw: QuantizedWeight, before: Sequence[QuantizedWeight]
+) -> tuple[QuantizedWeight, list[QuantizedWeight], Tensor | None]:
+    """Bring the columns of a weight's groups together, and let the layers before follow.
+
+    Nothing then moves at inference, and the weight can be cut along its inputs. It is legal where
+    only elementwise functions lie between: down after gate and up. It is not where outputs have
+    places of their own, as those of attention's heads.
+
+    Args:
+        qw: `(N, K)`, with act-order or not.
+        before: weights `(K, K_i)` that make its inputs.
+
+    Returns:
+        The weight without a `g_idx`; those before, their outputs reordered; and the order int64
+        `(K,)`, in which their biases must be taken, too, or None where nothing moved.
+
+    Raises:
+        ValueError: a weight before has not K outputs, or groups are not equally large.
+
+    Example:
+        >>> q = torch.tensor([[1, 2, 3, 4]], dtype=torch.uint8)
+        >>> g_idx = torch.tensor([0, 1, 0, 1], dtype=torch.int32)
+        >>> down = QuantizedWeight(q, torch.ones(1, 2), None, g_idx, group_size=2)
+        >>> up = QuantizedWeight(q.t().contiguous(), torch.ones(4, 1), None, None, group_size=1)
+        >>> down, (up,), order = fold_act_order(down, [up])
+        >>> down.q.tolist(), up.q.flatten().tolist(), order.tolist()
+        ([[1, 3, 2, 4]], [1, 3, 2, 4], [0, 2, 1, 3])
+    """
+    owner, k = "fold_act_order", qw.shape[1]
+    for place, part in enumerate(before):
+        require(part.shape[0] == k, owner, f"before[{place}]", f"must have N = {k}", part.shape[0])
+    order = act_order(owner, qw)
+    if order is None:
+        return replace(qw, g_idx=None), list(before), None
+
+    def reordered(part: QuantizedWeight) -> QuantizedWeight:
+        rows = order.to(part.q.device)
+        zeros = None if part.zeros is None else part.zeros[rows]
+        return replace(part, q=part.q[rows], scales=part.scales[rows], zeros=zeros)
+
+    folded = replace(qw, q=qw.q[:, order], g_idx=None)
+    return folded, [reordered(part) for part in before], order
 
 
 def _zeros(part: QuantizedWeight) -> Tensor:

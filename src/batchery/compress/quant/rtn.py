@@ -9,8 +9,9 @@ data, GPTQ rounds the same levels with a fraction of the error in the outputs.
     q = clamp(round(w / s) + z, 0, 15)                  round half to even
 
 The symmetric grid reaches from -8s to 7s: the largest positive weight loses half a step, and all
-others gain from a grid that has a zero. Clip search tries s times 1, 0.99, …, 0.25 and keeps, for
-each group, what has the least squared error.
+others gain from a grid that has a zero. s is rounded to the dtype that it will be stored in before
+weights are divided by it: what is chosen is what will be read. Clip search tries s times 1, 0.99,
+…, 0.25 and keeps, for each group, what has the least squared error.
 
 Reference: Frantar et al., GPTQ, arXiv 2210.17323. Where we differ: MARLIN's script takes s = max/15
 for a group without negative weights but keeps z = 8, so that half of the weights are clipped; here
@@ -30,6 +31,7 @@ __all__ = ["choose_grid", "quantize_rtn"]
 Cost = Callable[[Tensor, Tensor | None], Tensor]
 
 CLIP_STEPS = 76  # of one per cent
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, None)
 
 
 def quantize_rtn(
@@ -39,6 +41,7 @@ def quantize_rtn(
     group_size: int = 128,
     symmetric: bool = True,
     clip_search: bool = False,
+    scale_dtype: torch.dtype | None = torch.float16,
 ) -> QuantizedWeight:
     """Round a weight to the nearest levels.
 
@@ -48,19 +51,26 @@ def quantize_rtn(
         group_size: columns that share a scale; divides K; -1 for all K.
         symmetric: let every zero be 8.
         clip_search: shrink each group's range to where its squared error is least.
+        scale_dtype: what scales are rounded to: float16, as most files and kernels have them;
+            bfloat16 for a reader that casts them to the dtype of a bfloat16 model; float32. A
+            scale too small for it becomes its smallest number. None: as wide as the computation.
 
     Returns:
-        The weight on w's device, scales in float32 or, for a float64 w, in float64.
+        The weight on w's device, scales in `scale_dtype`; without one in float32 or, for a
+        float64 w, in float64.
 
     Raises:
-        ValueError: a setting or shape that does not fit, or w is not finite.
+        ValueError: a setting or shape that does not fit, w is not finite, or a scale is too large
+            for `scale_dtype`.
 
     Example:
         >>> qw = quantize_rtn(torch.tensor([[-7.5, 1.2, 2.0, 7.5]]), group_size=4)
         >>> qw.q, qw.scales
-        (tensor([[ 0,  9, 10, 15]], dtype=torch.uint8), tensor([[1.]]))
+        (tensor([[ 0,  9, 10, 15]], dtype=torch.uint8), tensor([[1.]], dtype=torch.float16))
     """
-    size = checked_group_size("quantize_rtn", w, bits, group_size)
+    owner = "quantize_rtn"
+    size = checked_group_size(owner, w, bits, group_size)
+    one_of(owner, "scale_dtype", scale_dtype, SCALE_DTYPES)
     wide = w.detach().to(torch.promote_types(w.dtype, torch.float32))
     parts = wide.reshape(len(w), -1, size)
 
@@ -69,9 +79,9 @@ def quantize_rtn(
         return d.square_().sum(-1)
 
     cost = squared_error if clip_search else None
-    scales, zeros = choose_grid(parts, symmetric=symmetric, cost=cost)
+    scales, zeros = choose_grid(parts, symmetric=symmetric, scale_dtype=scale_dtype, cost=cost)
     q = encode(parts, scales, zeros).to(torch.uint8).flatten(1)
-    return QuantizedWeight(q, scales, zeros, None, size)
+    return QuantizedWeight(q, stored_scales(owner, scales, scale_dtype), zeros, None, size)
 
 
 def checked_group_size(owner: str, w: Tensor, bits: int, group_size: int) -> int:
@@ -88,28 +98,35 @@ def checked_group_size(owner: str, w: Tensor, bits: int, group_size: int) -> int
 
 
 def choose_grid(
-    w: Tensor, *, symmetric: bool, cost: Cost | None = None, at_once: int = 1
+    w: Tensor,
+    *,
+    symmetric: bool,
+    scale_dtype: torch.dtype | None,
+    cost: Cost | None = None,
+    at_once: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
     """Choose the scale and zero of every group.
 
     Args:
         w: floating `(..., G)`, a group in the last dimension.
         symmetric: let every zero be 8.
+        scale_dtype: what scales are rounded to; None: not at all.
         cost: what scales and zeros `(S, ...)` would cost each group, for S ranges: the one that
             costs least is taken. Without it the range is that of the weights.
         at_once: the most ranges that `cost` is asked for in one call.
 
     Returns:
-        Scales `(...)` in w's dtype, and zeros uint8 `(...)` or None; scale 1 where all w are 0.
+        Scales `(...)` in w's dtype, and zeros uint8 `(...)` or None; scale 1 where all w are 0,
+        infinite where it is too large for `scale_dtype`.
     """
     low, high = _range(w, symmetric)
-    scales, zeros = _grid(low, high, symmetric)
+    scales, zeros = _grid(low, high, symmetric, scale_dtype)
     if cost is None:
         return scales, zeros
     shares = 1 - torch.arange(CLIP_STEPS, dtype=w.dtype, device=w.device) / 100
     least = torch.full_like(scales, torch.inf)
     for part in shares.view(-1, *[1] * low.dim()).split(at_once):  # type: ignore[no-untyped-call]
-        s, z = _grid(low * part, high * part, symmetric)
+        s, z = _grid(low * part, high * part, symmetric, scale_dtype)
         costs, best = cost(s, z).min(0, keepdim=True)
         better = costs[0] < least
         least = torch.where(better, costs[0], least)
@@ -126,10 +143,26 @@ def _range(w: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
     return w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
 
 
-def _grid(low: Tensor, high: Tensor, symmetric: bool) -> tuple[Tensor, Tensor | None]:
+def _grid(
+    low: Tensor, high: Tensor, symmetric: bool, scale_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
     scales = (high - low) / (LEVELS - 1)
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-    return scales, None if symmetric else torch.round(-low / scales).to(torch.uint8)
+    if scale_dtype is not None:
+        info = torch.finfo(scale_dtype)
+        scales = scales.to(scale_dtype).to(scales.dtype).clamp(min=info.tiny * info.eps)
+    if symmetric:
+        return scales, None
+    # A scale of few digits may be so much too small that a zero would lie above 15.
+    return scales, torch.round(-low / scales).clamp(max=LEVELS - 1).to(torch.uint8)
+
+
+def stored_scales(owner: str, scales: Tensor, scale_dtype: torch.dtype | None) -> Tensor:
+    """Return the scales of a grid in the dtype that they were rounded to, or raise."""
+    held = bool(torch.isfinite(scales).all())
+    rule = "must hold the scales: take bfloat16, float32 or None for weights so large"
+    require(held, owner, "scale_dtype", rule, scale_dtype)
+    return scales if scale_dtype is None else scales.to(scale_dtype)
 
 
 def encode(w: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:

@@ -155,15 +155,20 @@ def pack(
     Raises:
         ValueError: the kernels have no such group size, or groups are not equally large.
     """
-    q, permutation = qw.q, None
-    if qw.g_idx is not None:
-        count = torch.bincount(qw.groups, minlength=qw.scales.shape[1])
-        equal = bool((count == qw.group_size).all())
-        rule = f"must give every group {qw.group_size} columns"
-        require(equal, "pack", "g_idx", rule, count.tolist())
-        if not bool((qw.groups.diff() >= 0).all()):
-            permutation = torch.argsort(qw.groups, stable=True)
-            q = q[:, permutation]
+    permutation = act_order("pack", qw)
+    q = qw.q if permutation is None else qw.q[:, permutation]
     device = q.device if device is None else torch.device(device)
     packed = pack_w4(q, qw.scales, qw.zeros, gated=gated, device=device)
     return packed, None if permutation is None else permutation.to(device)
+
+
+def act_order(owner: str, qw: QuantizedWeight) -> Tensor | None:
+    """Return the order `(K,)` that brings the columns of a group together; None: they are."""
+    if qw.g_idx is None:
+        return None
+    count = torch.bincount(qw.groups, minlength=qw.scales.shape[1])
+    equal = bool((count == qw.group_size).all())
+    rule = f"must give every group {qw.group_size} columns"
+    require(equal, owner, "g_idx", rule, count.tolist())
+    in_order = bool((qw.groups.diff() >= 0).all())
+    return None if in_order else torch.argsort(qw.groups, stable=True)

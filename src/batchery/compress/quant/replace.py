@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Four-bit layers in the place of a model's dense ones, and its MLPs in two products.
+
+    report = gptq_quantize_model(model, calibration)
+    replace_linears(model, report.weights)      # half a byte a weight from here on
+    fuse_mlps(model)                            # for decoding
+
+When to fuse: a model that only answers from now on; fewer, wider products are faster in small
+batches. When not: to save it for other tools, or to train adapters on gate or up; do so before.
+
+An MLP as in Llama, Mistral and Qwen, with projections gate, up and down, becomes
+
+    h = silu(x · gateᵀ) * (x · upᵀ)             one product of a gated `QuantLinear`
+    y = h · downᵀ
+
+An act-order of down goes into the rows of gate and up: h comes in the order that down wants. What
+is such an MLP is not told by its class: it has these three children, and gives what the fused one
+gives. q, k and v stay three products, since attention's own code calls them one by one.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchery._core.validate import require
+from batchery.compress.quant.checkpoint import replace_module
+from batchery.compress.quant.linear import QuantLinear
+from batchery.compress.quant.partition import fold_act_order, join_outputs
+from batchery.compress.quant.weight import QuantizedWeight
+
+__all__ = ["QuantGatedMLP", "fuse_mlps", "replace_linears"]
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+ALIKE = 1e-3  # relative difference in float32; another activation makes more
+GATES = 4.0  # size of gates at which activations are told apart
+
+
+def replace_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> None:
+    """Put `QuantLinear` in the place of the linear layers that have quantised weights.
+
+    All others stay as they are: excluded layers, embeddings, heads tied to them. The dense weights
+    go one by one, unless something else holds them. A module that stands at several places is
+    replaced at each.
+
+    Args:
+        model: changed in place.
+        weights: by the names of `nn.Linear` modules, as `gptq_quantize_model` reports and
+            `rtn_quantize_model` returns them. Stacked experts of transformers have no such
+            modules: exclude them, or leave their names out.
+
+    Raises:
+        ValueError: a name is of no `nn.Linear`, a weight has another shape or a group size that
+            the kernels do not take; nothing has been replaced in the first two cases.
+
+    Example:
+        >>> from batchery.compress.quant.rtn import quantize_rtn
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1))
+        >>> replace_linears(model, {"0": quantize_rtn(model[0].weight, group_size=32)})
+        >>> model
+        Sequential(
+          (0): QuantLinear(in_features=64, out_features=32, bias=True, bits=4, group_size=32)
+          (1): ReLU()
+          (2): Linear(in_features=32, out_features=1, bias=True)
+        )
+    """
+    owner = "replace_linears"
+    shapes = {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Linear)
+    }
+    for name, qw in weights.items():
+        require(name in shapes, owner, "weights", "must name nn.Linear modules", name)
+        fits = qw.shape == shapes[name]
+        require(fits, owner, f"weights[{name!r}]", f"must be {shapes[name]}", qw.shape)
+    for name, qw in weights.items():
+        linear = model.get_submodule(name)
+        if isinstance(linear, nn.Linear):  # it may have stood at another place, too
+            _replace(model, linear, QuantLinear.from_linear(linear, qw))
+
+
+class QuantGatedMLP(nn.Module):
+    """down(silu(gate(x))·up(x)) of four-bit weights in two products; `fuse_mlps` makes it.
+
+    Args:
+        gate_up_proj: a gated layer.
+        down_proj: takes what it gives.
+    """
+
+    def __init__(self, gate_up_proj: QuantLinear, down_proj: QuantLinear) -> None:
+        """Keep the layers."""
+        super().__init__()
+        self.gate_up_proj = gate_up_proj
+        self.down_proj = down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `(..., K)` for x `(..., K)`."""
+        y: Tensor = self.down_proj(self.gate_up_proj(x))
+        return y
+
+
+@torch.no_grad()
+def fuse_mlps(model: nn.Module) -> list[str]:
+    """Let gate and up of each four-bit MLP be one product, and fold down's act-order into them.
+
+    MLPs of another form or activation stay, and those whose gate and up differ in their groups or
+    act-order. A fused model has a state of its own names, and can no more be saved for other tools.
+
+    Args:
+        model: with `QuantLinear` layers, loaded or put there by `replace_linears`; changed in
+            place.
+
+    Returns:
+        The names of the fused modules.
+
+    Example:
+        >>> from batchery.compress.quant.rtn import quantize_rtn
+        >>> class MLP(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.gate_proj, self.up_proj = nn.Linear(64, 96), nn.Linear(64, 96)
+        ...         self.down_proj = nn.Linear(96, 64)
+        ...
+        ...     def forward(self, x):
+        ...         return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        >>> model = nn.Sequential(MLP())
+        >>> linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        >>> weights = {name: model.get_submodule(name).weight for name in linears}
+        >>> rounded = {name: quantize_rtn(w, group_size=32) for name, w in weights.items()}
+        >>> replace_linears(model, rounded)
+        >>> fuse_mlps(model)
+        ['0']
+    """
+    found = []
+    names = [name for name, module in model.named_modules() if hasattr(module, PROJECTIONS[0])]
+    for name in filter(None, names):  # the model itself has no place to be replaced at
+        module = model.get_submodule(name)
+        fused = _fused(module)
+        if fused is not None:
+            _replace(model, module, fused)
+            found.append(name)
+    return found
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in the place of another, wherever that stands."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old:
+            replace_module(model, name, new)
+
+
+def _fused(module: nn.Module) -> QuantGatedMLP | None:
+    """Return what can stand for a module, None if nothing can."""
+    rest = dict(module.named_children())
+    layers = [
+        layer for name in PROJECTIONS if isinstance(layer := rest.pop(name, None), QuantLinear)
+    ]
+    # Beside the three there may be an activation.
+    if len(layers) < len(PROJECTIONS) or len(rest) > 1:
+        return None
+    gate, up, down = layers
+    biases: list[Tensor] = [layer.bias for layer in (gate, up) if layer.bias is not None]
+    if len(biases) == 1:
+        return None
+    try:
+        weight, halves, order = fold_act_order(
+            down.quantized_weight(), [gate.quantized_weight(), up.quantized_weight()]
+        )
+        gate_up = join_outputs(halves)
+    except ValueError:  # sizes or groups differ
+        return None
+    if order is not None:
+        biases = [bias[order] for bias in biases]
+        down = _layer_like(down, weight, down.bias)
+    bias = torch.cat(biases) if biases else None
+    fused = QuantGatedMLP(_layer_like(gate, gate_up, bias, gated=True), down)
+    return fused.train(module.training) if _alike(module, fused, gate) else None
+
+
+def _layer_like(
+    layer: QuantLinear, weight: QuantizedWeight, bias: Tensor | None, *, gated: bool = False
+) -> QuantLinear:
+    kinds: dict[str, Any] = {"batch_invariant": layer.batch_invariant, "dtype": layer.dtype}
+    return QuantLinear.from_quantized(weight, bias, gated=gated, **kinds)
+
+
+def _alike(module: nn.Module, fused: nn.Module, gate: QuantLinear) -> bool:
+    """Say whether two modules give the same, in float32 and where activations are not linear."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, gate.in_features, generator=generator, dtype=torch.float32)
+    x = x.to(gate.packed.words.device)
+    x *= GATES / gate(x).std()
+    wanted = module(x)
+    return bool((fused(x) - wanted).norm() <= ALIKE * wanted.norm())
