@@ -6,7 +6,7 @@ import torch
 
 from batchery.compress.quant import GPTQ, dequantize, quantize_rtn
 from batchery.compress.quant.sparse import keep_two_of_four, prune_quantize_24, quantize_rtn_24
-from batchery.kernels.w4a16_sparse import dequantize_sparse_w4, pack_sparse_w4
+from batchery.kernels.w4a16_sparse_layout import dequantize_sparse_w4, pack_sparse_w4
 
 PAIRS = list(itertools.combinations(range(4), 2))
 

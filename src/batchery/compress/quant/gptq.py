@@ -223,7 +223,7 @@ class GPTQ:
         order = None
         if act_order:
             order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        factor = self._factor(hessian if order is None else hessian[order][:, order], damp)
+        factor = self.damped_factor(hessian if order is None else hessian[order][:, order], damp)
         if factor is None:
             return quantize_rtn(wide, group_size=size, clip_search=clip_search, **grid)
         groups = torch.arange(k, device=device) // size
@@ -243,7 +243,11 @@ class GPTQ:
         scales = stored_scales(self.name, rounder.scales.t().contiguous(), scale_dtype)
         return QuantizedWeight(q.t().contiguous(), scales, zeros, g_idx, size)
 
-    def _factor(self, hessian: Tensor, damp: float) -> Tensor | None:
+    def damped_factor(self, hessian: Tensor, damp: float) -> Tensor | None:
+        """Return the factor of a Hessian at the first of three dampings that will do.
+
+        None, with a warning, where none does.
+        """
         for _ in range(DAMPINGS):
             factor = inverse_factor(hessian, damp)
             if factor is not None:
