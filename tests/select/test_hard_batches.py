@@ -15,7 +15,7 @@ from dist_ranks import run_on_ranks
 from torch.utils.data import DataLoader, TensorDataset
 
 from batchery.select import HardBatchSampler, train_budget
-from batchery.select.hardness import Hardness, explore, falling, force, highest
+from batchery.select.hardness import Hardness, chances, explore, falling, force, highest
 
 
 def flat(batches):
@@ -276,6 +276,49 @@ def test_age_forces_the_oldest_first_and_drops_the_easiest():
     assert set(force(chosen, scores, np.zeros(6), 1)) == {0, 1, 2}
 
 
+@pytest.mark.parametrize("mode", ["batch", "sample"])
+def test_with_a_temperature_the_weighted_mean_of_a_round_is_that_of_all(mode):
+    sampler = HardBatchSampler(40, 4, 0.5, mode=mode, shuffle_partition=False, temperature=0.7)
+    losses = torch.rand(40, generator=torch.Generator().manual_seed(3)) * 3
+    means, hard = [], []
+    for r in range(400):
+        found = []
+        for batch in sampler:
+            weights = sampler.importance_weights(batch)
+            assert weights.dtype == torch.float32
+            assert r > 0 or torch.equal(weights, torch.ones(len(batch)))
+            own = losses[batch] if mode == "sample" else losses[batch].mean().expand(len(batch))
+            found.append((weights * own).mean())
+            sampler.update(losses[batch], batch)
+        means.append(float(torch.stack(found).mean()))
+        hard.append(sampler.last_round.mean_selected - sampler.last_round.mean_all)
+    assert means[0] == pytest.approx(float(losses.mean()), rel=1e-6)
+    drawn = torch.tensor(means[1:])
+    assert abs(drawn.mean() - losses.mean()) < 4 * drawn.std() / len(drawn) ** 0.5
+    assert min(np.mean(hard[1:]), drawn.std()) > 0.01  # what is hard is drawn more often
+
+
+def test_a_temperature_goes_from_the_hardest_to_all_alike():
+    scores = np.array([1.0, 3.0, 2.0, np.inf, -np.inf], np.float32)
+    assert chances(scores, 1e-3).tolist() == pytest.approx([0, 0.5, 0, 0.5, 0])
+    assert chances(scores, 1e6).tolist() == pytest.approx([0.25, 0.25, 0.25, 0.25, 0], rel=1e-5)
+    assert chances(np.full(3, np.inf, np.float32), 1.0).tolist() == pytest.approx([1 / 3] * 3)
+    wanted = np.exp(scores[:3]) / (np.exp(scores[:3]).sum() + np.exp(3))
+    assert chances(scores, 1.0)[:3].tolist() == pytest.approx(wanted.tolist(), rel=1e-6)
+
+
+def test_drawn_batches_are_visited_hardest_first_and_may_come_twice():
+    sampler = HardBatchSampler(
+        12, 2, 0.9, shuffle_partition=False, order="hardest", temperature=0.3
+    )
+    found = rounds(sampler, lambda i, v: float(i), 30)
+    for batches in found[1:]:
+        firsts = [batch[0] for batch in batches]
+        assert firsts == sorted(firsts, reverse=True)
+        assert len(firsts) == 5
+    assert any(len({batch[0] for batch in batches}) < 5 for batches in found[1:])
+
+
 def test_sample_mode_trains_on_the_hardest_examples_in_fresh_batches():
     sampler = HardBatchSampler(30, 3, 0.4, mode="sample")
     found = rounds(sampler, lambda i, v: float(i), 3)
@@ -394,6 +437,8 @@ MODES = [
     {"drop_last": False, "warmup_epochs": 2, "clip_quantile": 0.8},
     {"repartition_every": 2, "exploration": 0.2, "max_age": 3},
     {"mode": "sample"},
+    {"temperature": 0.5},
+    {"mode": "sample", "temperature": 0.3, "refresh": "ema"},
     {"mode": "sample", "regroup": "sorted", "order": "shuffle", "refresh": "ema"},
     {"mode": "sample", "drop_last": False, "exploration": 0.2, "max_age": 2, "clip_quantile": 0.9},
 ]
@@ -613,6 +658,12 @@ def test_the_state_of_another_rank_brings_no_reports():
         ({"refresh": "full"}, "refresh must be one of 'stale', 'ema', got 'full'"),
         ({"ema": 1.1}, "ema must be >= 0 and <= 1, got 1.1"),
         ({"exploration": -0.1}, "exploration must be >= 0 and <= 1, got -0.1"),
+        ({"temperature": 0.0}, "temperature must be > 0, got 0.0"),
+        (
+            {"temperature": 1.0, "max_age": 2},
+            "temperature must be None with exploration or max_age",
+        ),
+        ({"temperature": 1.0, "drop_last": False}, "temperature must be None in mode 'batch'"),
         ({"clip_quantile": 0.0}, "clip_quantile must be > 0 and <= 1, got 0.0"),
         ({"max_age": -1}, "max_age must be >= 0, got -1"),
         ({"warmup_epochs": 0}, "warmup_epochs must be >= 1, got 0"),

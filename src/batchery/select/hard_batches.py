@@ -14,6 +14,10 @@ With n units (batches, or examples in sample mode), score s_i and k = max(1, int
                           a score stays as it is until its unit is trained again ("stale"), or
                           s_i ← a s_i + (1-a) loss ("ema")
 
+With a temperature τ the k units of a later round are drawn, with replacement, at
+
+    p_i ∝ exp(s_i / τ)        and 1 / (n p_i) times a unit's loss has the mean of all as its mean
+
 A budget of E epochs is E·b updates over b batches, not E passes: `train_budget`. Training with
 equal updates is the only fair comparison.
 
@@ -42,7 +46,16 @@ from torch import Tensor
 from batchery._core.random import new_generator
 from batchery._core.validate import integer, number, one_of, require
 from batchery.select.batch_sampler import ResumableBatchSampler
-from batchery.select.hardness import Floats, Hardness, Ints, explore, falling, force, highest
+from batchery.select.hardness import (
+    Floats,
+    Hardness,
+    Ints,
+    chances,
+    explore,
+    falling,
+    force,
+    highest,
+)
 
 
 class RoundStats(NamedTuple):
@@ -107,6 +120,8 @@ class HardBatchSampler(ResumableBatchSampler):
             `"random"` shuffles the selected examples, `"sorted"` puts equally hard ones together.
         refresh: a new loss replaces the score, or is averaged into it (`"ema"`).
         ema: a, the weight of the old score.
+        temperature: τ, in units of loss; units are drawn by their scores instead of taken from the
+            top, and `importance_weights` makes up for it. None takes the top.
         exploration: probability that a selected unit gives way to a random unselected one.
         max_age: a unit left out of this many rounds in a row is in the next; 0 is off. More such
             units than a round holds wait for their turn, the oldest first.
@@ -147,6 +162,7 @@ class HardBatchSampler(ResumableBatchSampler):
         regroup: Literal["fixed", "random", "sorted"] | None = None,
         refresh: Literal["stale", "ema"] = "stale",
         ema: float = 0.9,
+        temperature: float | None = None,
         exploration: float = 0.0,
         max_age: int = 0,
         warmup_epochs: int = 1,
@@ -175,6 +191,13 @@ class HardBatchSampler(ResumableBatchSampler):
         number(owner, "exploration", exploration, at_least=0, at_most=1)
         number(owner, "clip_quantile", clip_quantile, above=0, at_most=1)
         integer(owner, "max_age", max_age, at_least=0)
+        if temperature is not None:
+            number(owner, "temperature", temperature, above=0)
+            plain = exploration == 0 and max_age == 0
+            rule = "must be None with exploration or max_age, whose weights are not known"
+            require(plain, owner, "temperature", rule, temperature)
+            rule = "must be None in mode 'batch' without drop_last: a short batch may come twice"
+            require(drop_last or not whole, owner, "temperature", rule, temperature)
         integer(owner, "warmup_epochs", warmup_epochs, at_least=1)
         every = integer(owner, "repartition_every", repartition_every, at_least=0)
         movable = whole and shuffle_partition
@@ -195,6 +218,7 @@ class HardBatchSampler(ResumableBatchSampler):
         self.regroup = regroup
         self.refresh = refresh
         self.ema = ema
+        self.temperature = temperature
         self.exploration = exploration
         self.max_age = max_age
         self.warmup_epochs = warmup_epochs
@@ -305,6 +329,12 @@ class HardBatchSampler(ResumableBatchSampler):
         else:
             chosen = highest(scores, count)
         generator = new_generator(self._seed, "round", epoch)
+        self._weights = np.ones(total, np.float32)
+        if count < total and self.temperature is not None:
+            p = chances(scores, self.temperature)
+            drawn = torch.multinomial(torch.from_numpy(p), count, True, generator=generator)
+            chosen = drawn.numpy()
+            self._weights = (1 / (total * np.maximum(p, np.finfo(p.dtype).tiny))).astype(np.float32)
         age = epoch - 1 - hardness.last_seen.numpy()
         if count < total and self.exploration:
             chosen = explore(chosen, total, self.exploration, generator)
@@ -318,7 +348,9 @@ class HardBatchSampler(ResumableBatchSampler):
     def _arrange_batches(self, chosen: Ints, generator: torch.Generator) -> Tensor:
         visit = np.sort(chosen)
         if self.order == "hardest":
-            visit = self._ranking[np.isin(self._ranking, chosen)]
+            place = np.empty_like(self._ranking)
+            place[self._ranking] = np.arange(len(place))
+            visit = chosen[np.argsort(place[chosen], kind="stable")]
         elif self.order == "shuffle":
             visit = visit[torch.randperm(len(visit), generator=generator).numpy()]
         size, examples = self._first_batch_size, len(self._partition)
@@ -363,6 +395,23 @@ class HardBatchSampler(ResumableBatchSampler):
         self._order()
         return self._selected.clone()
 
+    def importance_weights(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """Return what to multiply the losses of examples by in the round in hand.
+
+        1 / (n p) for units drawn with probability p (see `temperature`), so that the mean loss of a
+        round has the mean over all units as its expectation; 1 where nothing was drawn.
+
+        Args:
+            indices: of examples, as batches hold them.
+
+        Returns:
+            float32 `[len(indices)]`, on the CPU.
+        """
+        self._order()
+        examples = torch.as_tensor(indices, dtype=torch.int64).cpu()
+        self._hardness.check(examples)
+        return torch.from_numpy(self._weights[self._units_of(examples.numpy())])
+
     @property
     def last_round(self) -> RoundStats:
         """What the selection of the round in hand looked like."""
@@ -376,8 +425,8 @@ class HardBatchSampler(ResumableBatchSampler):
 
     def _settings(self) -> dict[str, Any]:
         own = (
-            *("delta", "mode", "regroup", "refresh", "ema", "exploration", "max_age"),
-            *("warmup_epochs", "order", "repartition_every", "clip_quantile"),
+            *("delta", "mode", "regroup", "refresh", "ema", "temperature", "exploration"),
+            *("max_age", "warmup_epochs", "order", "repartition_every", "clip_quantile"),
         )
         return super()._settings() | {name: getattr(self, name) for name in own}
 

@@ -61,6 +61,22 @@ def highest(scores: Floats, count: int) -> Ints:
     return np.flatnonzero(taken)
 
 
+def chances(scores: Floats, temperature: float) -> npt.NDArray[np.float64]:
+    """Return the probability of each unit in proportion to exp(score / temperature).
+
+    A unit that comes before all others has that of the highest score; one that comes last has 0.
+
+    Example:
+        >>> chances(np.array([0.0, math.log(3), -np.inf], dtype=np.float32), 1.0).round(3).tolist()
+        [0.25, 0.75, 0.0]
+    """
+    known = scores[np.isfinite(scores)]
+    top = float(known.max()) if len(known) else 0.0
+    weights = np.exp((np.minimum(scores, top).astype(np.float64) - top) / temperature)
+    found: npt.NDArray[np.float64] = weights / weights.sum()
+    return found
+
+
 def explore(chosen: Ints, total: int, share: float, generator: torch.Generator) -> Ints:
     """Replace each chosen unit, with probability `share`, by a random one that was not chosen."""
     others = np.flatnonzero(~_mask(chosen, total))
