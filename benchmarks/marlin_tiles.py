@@ -30,83 +30,33 @@ LONG = (256, 512, 1024, 2048, 4096)  # where a dense product of dequantised weig
 SPLITS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14)
 
 
+# By rows of x in a tile: rows of W, warps, words a turn, stages, and S where weights are scaled.
+CANDIDATES = {
+    8: "64/4/64/4 64/4/64/6 128/4/64/4 128/4/64/3 128/8/64/4",
+    16: "64/4/64/3 64/4/64/4 64/4/64/5 128/4/64/3 128/4/64/4 128/8/64/4",
+    32: ("64/4/64/3 64/4/64/4 64/4/32/5 64/4/32/4S 128/4/32/4S 128/8/64/3 128/8/64/4 128/8/32/4S"),
+    64: (
+        "64/4/64/3 64/4/32/4S 64/4/32/5S 64/4/64/3S 128/4/32/4S 128/8/32/3S 128/8/32/4S "
+        "128/8/32/5S 128/8/64/3S 256/8/32/4S"
+    ),
+    128: (
+        "64/4/32/3S 64/4/32/4S 64/4/16/4S 128/4/16/4S 128/4/32/3S 128/8/16/4S "
+        "128/8/32/3S 128/8/32/2S 256/8/16/4S"
+    ),
+    256: "64/4/16/3S 64/4/16/4S 64/4/32/2S 128/8/16/4S 128/8/32/2S 128/8/32/3S",
+}
+
+
 def candidates(batch: int) -> list[Tile]:
-    """Return the tiles worth a look at this batch."""
+    """Return the tiles worth a look at this batch: of its width, and of a neighbour at the ends."""
+    wide = next(width for width in CANDIDATES if batch <= width)
+    widths = {8: (8, 16), 256: (256, 128)}.get(wide, (wide,))
+    return [_tile(width, text) for width in widths for text in CANDIDATES[width].split()]
 
-    def tiles(width: int, *rest: tuple[Any, ...]) -> list[Tile]:
-        names = ("rows", "warps", "step", "stages", "scale_weights")
-        return [Tile(width, **dict(zip(names, entry, strict=True))) for entry in rest]
 
-    few = tiles(
-        16,
-        (64, 4, 64, 3, False),
-        (64, 4, 64, 4, False),
-        (64, 4, 64, 5, False),
-        (128, 4, 64, 3, False),
-        (128, 4, 64, 4, False),
-        (128, 8, 64, 4, False),
-    )
-    if batch <= 8:
-        few += tiles(
-            8,
-            (64, 4, 64, 4, False),
-            (64, 4, 64, 6, False),
-            (128, 4, 64, 4, False),
-            (128, 4, 64, 3, False),
-            (128, 8, 64, 4, False),
-        )
-    by_batch = {
-        32: tiles(
-            32,
-            (64, 4, 64, 3, False),
-            (64, 4, 64, 4, False),
-            (64, 4, 32, 5, False),
-            (64, 4, 32, 4, True),
-            (128, 4, 32, 4, True),
-            (128, 8, 64, 3, False),
-            (128, 8, 64, 4, False),
-            (128, 8, 32, 4, True),
-        ),
-        64: tiles(
-            64,
-            (64, 4, 64, 3, False),
-            (64, 4, 32, 4, True),
-            (64, 4, 32, 5, True),
-            (64, 4, 64, 3, True),
-            (128, 4, 32, 4, True),
-            (128, 8, 32, 3, True),
-            (128, 8, 32, 4, True),
-            (128, 8, 32, 5, True),
-            (128, 8, 64, 3, True),
-            (256, 8, 32, 4, True),
-        ),
-        128: tiles(
-            128,
-            (64, 4, 32, 3, True),
-            (64, 4, 32, 4, True),
-            (64, 4, 16, 4, True),
-            (128, 4, 16, 4, True),
-            (128, 4, 32, 3, True),
-            (128, 8, 16, 4, True),
-            (128, 8, 32, 3, True),
-            (128, 8, 32, 2, True),
-            (256, 8, 16, 4, True),
-        ),
-        256: tiles(
-            256,
-            (64, 4, 16, 3, True),
-            (64, 4, 16, 4, True),
-            (64, 4, 32, 2, True),
-            (128, 8, 16, 4, True),
-            (128, 8, 32, 2, True),
-            (128, 8, 32, 3, True),
-        ),
-    }
-    if batch <= 16:
-        return few
-    if batch == 256:
-        return by_batch[256] + by_batch[128]
-    return by_batch[min(most for most in by_batch if batch <= most)]
+def _tile(width: int, text: str) -> Tile:
+    rows, warps, step, stages = map(int, text.removesuffix("S").split("/"))
+    return Tile(width, rows, step, warps, stages, scale_weights=text.endswith("S"))
 
 
 def try_tile(batch: int, tile: Tile) -> float:

@@ -6,6 +6,7 @@ About 90 s. The kernels are not called by `w4a16_matmul` until this has decided 
 
 import functools
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -19,6 +20,8 @@ os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp())
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from marlin import CALLS, microseconds  # noqa: E402
+from marlin_backends import SHAPES, copies, fresh, packed, random  # noqa: E402
 
 FORMS = {  # batch, rows, turns, words
     "tall": (128, 256, 2, 2),
@@ -43,43 +46,13 @@ LEAST = {"tall": 128, "long": 256, "small": 64, "t64": 64, "s64": 64, "t32": 32}
 MOST = {"tall": 4096, "long": 4096, "small": 4096, "t64": 128, "s64": 128, "t32": 64}
 
 
-SHAPES = {
-    "8B qkv": (6144, 4096),
-    "8B o": (4096, 4096),
-    "8B gate_up": (28672, 4096),
-    "8B down": (4096, 14336),
-    "70B qkv": (10240, 8192),
-    "70B o": (8192, 8192),
-    "70B gate_up": (57344, 8192),
-    "70B down": (8192, 28672),
-}
-ROTATE = 250e6  # bytes of distinct weights, over four times the cache
 SECONDS = float(os.environ.get("SECONDS_LEFT", 98))
-CALLS = 8  # at least so many in a graph
 
 
-def microseconds(make, weights, replays=4):
-    """Best time of one call among replays of a graph of a call with each weight."""
-    calls = [make(w) for w in weights] * -(-CALLS // len(weights))
-    for call in calls[:2]:
-        call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(replays):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return min(times[1:])
-
-
-def copies_of(nbytes):
-    return max(1, -(-int(ROTATE) // nbytes))
+def timed(make, weights):
+    """Best time of a call, of a graph that has a call with each weight."""
+    calls = [make(w) for w in weights]
+    return microseconds(calls * math.ceil(CALLS / len(calls)))
 
 
 def error(y, x, w):
@@ -215,37 +188,29 @@ def ways(tiles, blocks, processors, many):
 
 
 def measure(shape, forms, found, device):
-    import dataclasses
-
     from batchery.kernels.w4a16 import w4a16_matmul
-    from batchery.kernels.w4a16_layout import dequantize_w4, pack_w4
+    from batchery.kernels.w4a16_layout import dequantize_w4
     from batchery.kernels.w4a16_wide import Wide, launch
 
     n, k = SHAPES[shape]
-    dense = [
-        torch.randn(n, k, device=device, dtype=torch.half).mul_(0.02)
-        for _ in range(copies_of(2 * n * k))
-    ]
+    dense = [random(n, k) for _ in copies(2 * n * k)]
     rows = {}
     for m in BATCHES:
-        x = torch.randn(m, k, device=device, dtype=torch.half)
+        x = random(m, k)
         rows[m] = {"shape": shape, "m": m, "forms": [], "failed": {}}
-        rows[m]["cublas"] = microseconds(lambda w, x=x: functools.partial(F.linear, x, w), dense)
+        rows[m]["cublas"] = timed(lambda w, x=x: functools.partial(F.linear, x, w), dense)
     del dense
     torch.cuda.empty_cache()
-    first = pack_w4(*draw(n, k, 128, False))
-    weights = [first]
-    for _ in range(copies_of(first.nbytes) - 1):
-        fresh = {part: getattr(first, part).clone() for part in ("words", "scales", "counters")}
-        weights.append(dataclasses.replace(first, **fresh))
+    first = packed(n, k)
+    weights = [fresh(first) for _ in copies(first.nbytes)]
     few = torch.arange(0, n, max(1, n // 256), device=device)
     w = dequantize_w4(first, torch.float32)[few] if n * k < 2**28 else None
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     blocks = first.words.shape[1]
     for m in BATCHES:
         row = rows[m]
-        x = torch.randn(m, k, device=device, dtype=torch.half)
-        row["present"] = microseconds(lambda v, x=x: functools.partial(w4a16_matmul, x, v), weights)
+        x = random(m, k)
+        row["present"] = timed(lambda v, x=x: functools.partial(w4a16_matmul, x, v), weights)
         for name in forms:
             if not LEAST[name] <= m <= MOST[name]:
                 continue
@@ -256,7 +221,7 @@ def measure(shape, forms, found, device):
                     worst = None
                     if w is not None:
                         worst = error(launch(x, first, form, share=share)[:, few], x, w)
-                    us = microseconds(
+                    us = timed(
                         lambda v, x=x, form=form, share=share: functools.partial(
                             launch, x, v, form, share=share
                         ),

@@ -284,7 +284,7 @@ def _fused_cpu(
         for c in bias_corrections(torch.stack(steps).double(), rule)
     )
     corrections = torch.stack([first, second.sqrt()], -1).to(dtype).expand(len(steps), 2)
-    common = (corrections.contiguous(), float(rule.eps), float(rule.coupled_decay))
+    common = (corrections.contiguous(), rule.eps, rule.coupled_decay)
     partials = torch.empty(2, len(table.chunks), dtype=dtype)
     scale = 1.0 if grad_divisor is None else 1.0 / float(grad_divisor)
     native.call(
@@ -293,9 +293,9 @@ def _fused_cpu(
         tensors,
         *common,
         partials,
-        float(rule.beta1),
-        float(rule.gain),
-        float(rule.beta2),
+        rule.beta1,
+        rule.gain,
+        rule.beta2,
         1.0 - rule.beta2,
         -scale if rule.maximize else scale,
     )

@@ -250,13 +250,13 @@ def _fused_cpu(
     average = rule.variant == "momentum" and rule.adapt
     scale = 1.0 if grad_divisor is None else 1.0 / float(grad_divisor)
     scale = -scale if rule.maximize else scale
-    decay, old = float(rule.weight_decay), 0.0 if first else float(rule.momentum)
+    decay, old = rule.weight_decay, 0.0 if first else rule.momentum
     ratios = torch.ones(len(table.segments), dtype=dtype)
     if rule.adapt:
         partials = torch.empty(2, len(table.chunks), dtype=dtype)
         counted = 0.0 if rule.variant == "grad" else decay
         new = 1.0 - rule.momentum
-        native.call("lars_norms", table, lists, partials, scale, counted, old, new, int(average))
+        native.call("lars_norms", table, lists, partials, scale, counted, old, new, average)
         squares = table.segment_sums_of(partials)
         ratios = local_rates(squares if reduce is None else reduce(squares), rule, lr)
     if average:
@@ -266,7 +266,7 @@ def _fused_cpu(
     inner, outer = (float(lr), 1.0) if rule.lr_in_momentum else (1.0, float(lr))
     direct, held = 1.0, 0.0
     if rule.momentum:
-        direct, held = (1.0, float(rule.momentum)) if rule.nesterov else (0.0, 1.0)
+        direct, held = (1.0, rule.momentum) if rule.nesterov else (0.0, 1.0)
     tail = (scale, decay, old, new, inner, outer, direct, held)
     native.call("lars_apply", table, lists, ratios, *tail)
     return ratios

@@ -14,7 +14,7 @@ None between steps) and sent again, in one asynchronous copy, only when one has 
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Literal
 
 import torch
@@ -41,6 +41,7 @@ __all__ = [
     "fused_ready",
     "on_its_device",
     "prepared_grads",
+    "processors_of",
     "require_fused",
     "segment_rows",
     "squared_norms",
@@ -69,6 +70,12 @@ def on_its_device(tensor: Tensor) -> AbstractContextManager[object]:
     if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+@cache
+def processors_of(device: torch.device) -> int:
+    """Return the number of a CUDA device's multiprocessors."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 class ChunkTable:

@@ -58,14 +58,16 @@ def native_ready(dtype: torch.dtype) -> bool:
     return dtype in REALS and _library(dtype) is not None
 
 
-def call(name: str, table: "ChunkTable", lists: Sequence[list[Tensor]], *arguments: object) -> None:
+def call(
+    name: str, table: "ChunkTable", lists: Sequence[list[Tensor]], *arguments: Tensor | float
+) -> None:
     """Run a function of `layerwise.c` over all chunks.
 
     Args:
         name: of the function.
         table: chunks of the lists, on the CPU.
         lists: tensors of one dtype in `REALS`, contiguous.
-        arguments: what the function takes beside the table: tensors, floats, whole numbers.
+        arguments: what the function takes beside the table: tensors, numbers (double), flags (int).
     """
     library = _library(lists[0][0].dtype)
     if library is None:
@@ -77,10 +79,10 @@ def call(name: str, table: "ChunkTable", lists: Sequence[list[Tensor]], *argumen
     library[name](ctypes.byref(head), *(_argument(value) for value in arguments))
 
 
-def _argument(value: object) -> object:
+def _argument(value: Tensor | float) -> object:
     if isinstance(value, Tensor):
         return ctypes.c_void_p(value.data_ptr())
-    return ctypes.c_double(value) if isinstance(value, float) else value
+    return int(value) if isinstance(value, bool) else ctypes.c_double(value)
 
 
 @cache

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchery._core.validate import one_of, require
-from batchery.kernels.multi_tensor import triton
+from batchery.kernels.multi_tensor import processors_of, triton
 from batchery.kernels.w4a16_layout import WIDEST, PackedW4, dequantized_slices, weave
 from batchery.kernels.w4a16_tiles import Tile, dequantize_tiles, launch
 
@@ -194,13 +194,25 @@ def plan(
         tile, (held, lost, added), batch = Tile(width, 64, stages=3), INVARIANT, 1
     tiles = rows // tile.rows * -(-batch // tile.batch)
     steps = blocks * lanes // min(tile.step, lanes)
-    places = processors * held
+    return tile, best_split(tiles, steps, processors * held, lost, added)
+
+
+def best_split(tiles: int, steps: int, places: int, lost: float, added: float) -> int:
+    """Return the parts to split the columns in.
+
+    Args:
+        tiles: of the output.
+        steps: turns that one tile takes.
+        places: programs that run side by side.
+        lost: turns that a program loses at its ends.
+        added: turns that adding up takes for each part.
+    """
 
     def turns(split: int) -> float:
         rounds = -(-tiles * split // places)
         return rounds * (-(-steps // split) + lost) + (added * split if split > 1 else 0)
 
-    return tile, min(range(1, min(steps, MOST_SPLIT) + 1), key=turns)
+    return min(range(1, min(steps, MOST_SPLIT) + 1), key=turns)
 
 
 def _by_triton(x: Tensor, impl: Impl) -> bool:
@@ -221,11 +233,6 @@ def _modern(device: torch.device) -> bool:
     return modern
 
 
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _by_kernel(
     x: Tensor, weight: PackedW4, bias: Tensor | None, out: Tensor | None, invariant: bool
 ) -> Tensor:
@@ -241,7 +248,7 @@ def _by_kernel(
         # An invariant split serves one tile of rows: its counters would not do for more.
         parts = list(zip(x.split(INVARIANT_BATCH), out.split(INVARIANT_BATCH), strict=True))
     _, blocks, _, lanes = weight.words.shape
-    fixed = (weight.rows, blocks, lanes, _processors(x.device), invariant)
+    fixed = (weight.rows, blocks, lanes, processors_of(x.device), invariant)
     for part, place in parts:
         tile, split = plan(part.shape[0], *fixed)
         launch(part, weight, tile, split, bias=bias, out=place)
@@ -280,20 +287,8 @@ def _w4a16_op(
 
 
 @_w4a16_op.register_fake
-def _(
-    x: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    counters: Tensor,
-    bias: Tensor | None,
-    n: int,
-    k: int,
-    group_size: int,
-    gated: bool,
-    invariant: bool,
-    kernel: bool,
-) -> Tensor:
+def _(x: Tensor, *arguments: Any) -> Tensor:
+    n, gated = arguments[5], arguments[8]
     return x.new_empty(x.shape[0], n // 2 if gated else n)
 
 

@@ -21,15 +21,16 @@ and places to the sparse matrix instruction, which Triton does not reach; here s
 reading, not arithmetic.
 """
 
-from functools import cache, lru_cache
-from typing import Any, Literal, get_args
+from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from batchery._core.validate import one_of, require
-from batchery.kernels.multi_tensor import on_its_device, tl, triton
+from batchery.kernels.multi_tensor import on_its_device, processors_of, tl, triton
+from batchery.kernels.w4a16 import DTYPES, IMPLS, Impl, best_split
 from batchery.kernels.w4a16_sparse_layout import (
     LANES,
     UNIT,
@@ -41,12 +42,8 @@ from batchery.kernels.w4a16_tiles import Tile, nibble_asm
 
 __all__ = ["expansion_asm", "launch", "plan", "w4a16_sparse_matmul"]
 
-Impl = Literal["auto", "torch", "triton"]
-
 OWNER = "w4a16_sparse_matmul"
 MOST_BATCH = 64
-HALVES = (torch.float16, torch.bfloat16)
-DTYPES = (*HALVES, torch.float32)
 
 # For batches of at most so many rows: the tile (its `step` and `scale_weights` do not count), the
 # programs of it that a processor holds, and whether x is arranged before. Not yet swept on a GPU.
@@ -56,7 +53,6 @@ TILES = (
     (32, Tile(32, 64, stages=2), 2, True),
     (MOST_BATCH, Tile(64, 128, warps=8, stages=2), 1, True),
 )
-MOST_SPLIT = 16
 LOST, ADDED = 1, 0.5  # in turns: what a program loses at its ends, and what adding a part costs
 
 
@@ -93,7 +89,7 @@ def w4a16_sparse_matmul(
         tensor([[-7.0000, -3.5000]])
     """
     n, k = weight.shape
-    one_of(OWNER, "impl", impl, get_args(Impl))
+    one_of(OWNER, "impl", impl, IMPLS)
     require(x.dim() > 0 and x.shape[-1] == k, OWNER, "x", f"must be (..., {k})", tuple(x.shape))
     require(x.dtype in DTYPES, OWNER, "x", f"must be in {DTYPES}", x.dtype)
     device = weight.words.device
@@ -110,7 +106,7 @@ def w4a16_sparse_matmul(
         y = F.linear(rows, dequantize_sparse_w4(weight, x.dtype), bias).view(shape)
         return y if out is None else out.copy_(y)
     y = rows.new_empty(len(rows), n) if out is None else out.view(-1, n)
-    units, processors = weight.words.shape[1], _processors(x.device)
+    units, processors = weight.words.shape[1], processors_of(x.device)
     for part, place in zip(rows.split(MOST_BATCH), y.split(MOST_BATCH), strict=True):
         if len(part):
             tile, split, arranged = plan(len(part), weight.scales.shape[1], units, processors)
@@ -129,11 +125,6 @@ def _by_kernel(rows: Tensor, bias: Tensor | None, impl: Impl) -> bool:
     return can and (impl == "triton" or (impl == "auto" and fits))
 
 
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 @lru_cache(maxsize=4096)
 def plan(batch: int, rows: int, units: int, processors: int) -> tuple[Tile, int, bool]:
     """Choose the tile, the parts that columns are split in, and whether x is arranged.
@@ -147,13 +138,8 @@ def plan(batch: int, rows: int, units: int, processors: int) -> tuple[Tile, int,
         processors: of the device.
     """
     _, tile, held, arranged = next(entry for entry in TILES if batch <= entry[0])
-    tiles = rows // tile.rows
-
-    def turns(split: int) -> float:
-        rounds = -(-tiles * split // (processors * held))
-        return rounds * (-(-units // split) + LOST) + (ADDED * split if split > 1 else 0)
-
-    return tile, min(range(1, min(units, MOST_SPLIT) + 1), key=turns), arranged
+    split = best_split(rows // tile.rows, units, processors * held, LOST, ADDED)
+    return tile, split, arranged
 
 
 def launch(
@@ -239,7 +225,7 @@ def expansion_asm(half: int) -> str:
 
 
 if triton is not None:
-    from batchery.kernels.w4a16_tiles import _finish, _group_rows, _weights
+    from batchery.kernels.w4a16_tiles import _deliver, _group_rows, _weights
 
     @triton.jit
     def _dense_byte(value, code):
@@ -357,22 +343,7 @@ if triton is not None:
                 if BY_RUN:
                     total *= own[run].to(tl.float32)[:, None]  # type: ignore[index]
                 acc += total
-        if split == 1:
-            _finish(
-                acc, scales, bias, out, n_tile, m, inside, N, out_stride, GROUP, BATCH, ROWS, False
-            )
-        else:
-            spot = tl.arange(0, BATCH)[None, :] * ROWS + row[:, None]
-            sums = partials + tile.to(tl.int64) * split * (BATCH * ROWS)
-            tl.store(sums + part * (BATCH * ROWS) + spot, acc, mask=inside)
-            tl.debug_barrier()  # every thread's sums come before this program's count
-            if tl.atomic_add(counters + tile, 1, sem="acq_rel") == split - 1:
-                acc = tl.zeros([ROWS, BATCH], tl.float32)
-                for other in range(split):
-                    at = sums + other * (BATCH * ROWS) + spot
-                    acc += tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
-                tl.store(counters + tile, 0)
-                _finish(
-                    acc, scales, bias, out, n_tile, m, inside, N, out_stride,
-                    GROUP, BATCH, ROWS, False,
-                )  # fmt: skip
+        _deliver(
+            acc, partials, counters, tile, part, split, scales, bias, out, n_tile, m, N,
+            inside, out_stride, GROUP, BATCH, ROWS, False,
+        )  # fmt: skip

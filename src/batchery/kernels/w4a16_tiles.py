@@ -162,24 +162,44 @@ def nibble_asm(dtype: torch.dtype, high: bool, asymmetric: bool, scaled: bool) -
     Operands: two outputs, the words, then -(1024 + z) and -(64 + z) (bfloat16: twice -(128 + z)) if
     asymmetric, then two scales if scaled; all in pairs.
     """
-    if dtype == torch.float16:
-        kind, magic, shift, mask = "f16x2", "0x64006400", (8 * high, 8 * high), ("0F", "F0")
-        factor, constant = ("0x3C003C00", "0x2C002C00"), ("0xE408E408", "0xD480D480")
-    else:
-        kind, magic, shift, mask = "bf16x2", "0x43004300", (8 * high, 8 * high + 4), ("0F", "0F")
-        factor, constant = 2 * ("0x3F803F80",), 2 * ("0xC308C308",)
-    lines = [".reg .b32 w, f, c, s, n;", "mov.b32 n, 0x80008000;"]  # n is -0
+    lines = []
     for out in range(2):
-        lines += [
-            f"mov.b32 f, {factor[out]};",
-            f"mov.b32 c, {f'${3 + out}' if asymmetric else constant[out]};",
-            f"shr.u32 w, $2, {shift[out]};",
-            f"lop3.b32 w, w, 0x00{mask[out]}00{mask[out]}, {magic}, 0xEA;",
-            f"fma.rn.{kind} {'w' if scaled else f'${out}'}, w, f, c;",
-        ]
-        if scaled:  # by a multiply-add, for there is no bfloat16 product before sm_90
-            lines += [f"fma.rn.{kind} ${out}, w, ${(5 if asymmetric else 3) + out}, n;"]
-    return "{\n" + "\n".join(lines) + "\n}"
+        offset = f"${3 + out}" if asymmetric else ""
+        scale = f"${(5 if asymmetric else 3) + out}" if scaled else ""
+        lines += nibble_lines(dtype, 2 * high + out, f"${out}", "$2", offset, scale)
+    return ptx(lines)
+
+
+def nibble_lines(
+    dtype: torch.dtype, place: int, output: str, words: str, offset: str, scale: str
+) -> list[str]:
+    """Return PTX that turns a pair of words into the pair of their nibbles `place`, 0 to 3.
+
+    See `nibble_asm`. The operands are named; without `offset` the zero is 8.
+    """
+    odd = place % 2 == 1
+    if dtype == torch.float16:
+        kind, magic, shift, mask = "f16x2", "0x64006400", place // 2 * 8, "F0" if odd else "0F"
+        factor, constant = ("0x2C002C00", "0xD480D480") if odd else ("0x3C003C00", "0xE408E408")
+    else:
+        kind, magic, shift, mask = "bf16x2", "0x43004300", 4 * place, "0F"
+        factor, constant = "0x3F803F80", "0xC308C308"
+    lines = [
+        f"mov.b32 f, {factor};",
+        f"mov.b32 c, {offset or constant};",
+        f"shr.u32 w, {words}, {shift};",
+        f"lop3.b32 w, w, 0x00{mask}00{mask}, {magic}, 0xEA;",
+        f"fma.rn.{kind} {'w' if scale else output}, w, f, c;",
+    ]
+    if scale:  # by a multiply-add, for there is no bfloat16 product before sm_90
+        lines += [f"fma.rn.{kind} {output}, w, {scale}, n;"]
+    return lines
+
+
+def ptx(lines: list[str]) -> str:
+    """Return lines of `nibble_lines` with the registers that they use; n is -0."""
+    head = [".reg .b32 w, f, c, s, n;", "mov.b32 n, 0x80008000;"]
+    return "{\n" + "\n".join(head + lines) + "\n}"
 
 
 if triton is not None:
@@ -277,6 +297,34 @@ if triton is not None:
         at = out + m.to(tl.int64)[None, :] * out_stride + n[:, None]
         tl.store(at, acc.to(out.dtype.element_ty), mask=inside & (n < N)[:, None])
 
+    @triton.jit
+    def _deliver(
+        acc, partials, counters, tile, part, split, scales, bias, out, n_tile, m, N,
+        inside, out_stride,
+        GROUP: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr,
+    ):  # fmt: skip
+        """Write a tile; of one in parts, the program that comes last adds them up in order."""
+        if split == 1:
+            _finish(
+                acc, scales, bias, out, n_tile, m, inside, N, out_stride, GROUP, BATCH, ROWS, GATED
+            )
+        else:
+            row = tl.arange(0, ROWS)
+            spot = tl.arange(0, BATCH)[None, :] * ROWS + row[:, None]
+            sums = partials + tile.to(tl.int64) * split * (BATCH * ROWS)
+            tl.store(sums + part * (BATCH * ROWS) + spot, acc, mask=inside)
+            tl.debug_barrier()  # every thread's sums come before this program's count
+            if tl.atomic_add(counters + tile, 1, sem="acq_rel") == split - 1:
+                acc = tl.zeros([ROWS, BATCH], tl.float32)
+                for other in range(split):
+                    at = sums + other * (BATCH * ROWS) + spot
+                    acc += tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
+                tl.store(counters + tile, 0)
+                _finish(
+                    acc, scales, bias, out, n_tile, m, inside, N, out_stride,
+                    GROUP, BATCH, ROWS, GATED,
+                )  # fmt: skip
+
     @triton.jit(do_not_specialize=["M", "steps"])
     def _w4a16(
         x, words, scales, zeros, bias, out, partials, counters,
@@ -354,25 +402,10 @@ if triton is not None:
                         acc += total
             if SCALE_WEIGHTS and LOW != "":
                 acc = _settle(acc)
-        if split == 1:
-            _finish(
-                acc, scales, bias, out, n_tile, m, inside, N, out_stride, GROUP, BATCH, ROWS, GATED
-            )
-        else:
-            spot = tl.arange(0, BATCH)[None, :] * ROWS + row[:, None]
-            sums = partials + tile.to(tl.int64) * split * (BATCH * ROWS)
-            tl.store(sums + part * (BATCH * ROWS) + spot, acc, mask=inside)
-            tl.debug_barrier()  # every thread's sums come before this program's count
-            if tl.atomic_add(counters + tile, 1, sem="acq_rel") == split - 1:
-                acc = tl.zeros([ROWS, BATCH], tl.float32)
-                for other in range(split):
-                    at = sums + other * (BATCH * ROWS) + spot
-                    acc += tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
-                tl.store(counters + tile, 0)
-                _finish(
-                    acc, scales, bias, out, n_tile, m, inside, N, out_stride,
-                    GROUP, BATCH, ROWS, GATED,
-                )  # fmt: skip
+        _deliver(
+            acc, partials, counters, tile, part, split, scales, bias, out, n_tile, m, N,
+            inside, out_stride, GROUP, BATCH, ROWS, GATED,
+        )  # fmt: skip
 
     @triton.jit
     def _dequantize(words, scales, zeros, out, N, K, padded, GROUP: tl.constexpr, J: tl.constexpr):

@@ -30,7 +30,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from batchery.kernels.multi_tensor import processors_of
 from batchery.kernels.w4a16_layout import CHUNK, NIBBLES, PackedW4
+from batchery.kernels.w4a16_tiles import nibble_lines, ptx
 
 try:
     from triton.experimental import gluon
@@ -133,7 +135,7 @@ def launch(
         out = x.new_empty(m, n // 2 if weight.gated else n)
     m_tiles = -(-m // form.batch)
     tiles = -(-weight.rows // form.rows) * m_tiles
-    whole, tail, sharers = share or stripes(tiles, blocks, _processors(x.device))
+    whole, tail, sharers = share or stripes(tiles, blocks, processors_of(x.device))
     programs = (tiles - tail) // whole if whole else sharers
     places = 2 * sharers if sharers != tail else 0
     partials = x.new_empty(max(1, places * form.batch * form.rows), dtype=torch.float32)
@@ -158,35 +160,15 @@ def launch(
 
 
 @cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@cache
 def nibble_asm(dtype: torch.dtype, place: int, asymmetric: bool, scaled: bool) -> str:
     """Return PTX that turns a pair of words into the weights of nibble `place`, 0 to 3.
 
-    The numbers are those of `w4a16_tiles.nibble_asm`. Operands: the output, the words, the negative
+    Operands: the output, the words, the negative
     of magic plus zero if asymmetric, the scale if scaled; all in pairs.
     """
-    high = place % 2 == 1
-    if dtype == torch.float16:
-        kind, magic, shift, mask = "f16x2", "0x64006400", place // 2 * 8, "F0" if high else "0F"
-        factor, constant = ("0x2C002C00", "0xD480D480") if high else ("0x3C003C00", "0xE408E408")
-    else:
-        kind, magic, shift, mask = "bf16x2", "0x43004300", 4 * place, "0F"
-        factor, constant = "0x3F803F80", "0xC308C308"
-    lines = [
-        ".reg .b32 w, f, c, n;",
-        f"mov.b32 f, {factor};",
-        f"mov.b32 c, {'$2' if asymmetric else constant};",
-        f"shr.u32 w, $1, {shift};",
-        f"lop3.b32 w, w, 0x00{mask}00{mask}, {magic}, 0xEA;",
-        f"fma.rn.{kind} {'w' if scaled else '$0'}, w, f, c;",
-    ]
-    if scaled:
-        lines += ["mov.b32 n, 0x80008000;", f"fma.rn.{kind} $0, w, ${2 + asymmetric}, n;"]
-    return "{\n" + "\n".join(lines) + "\n}"
+    scale = f"${2 + asymmetric}" if scaled else ""
+    lines = nibble_lines(dtype, place, "$0", "$1", "$2" if asymmetric else "", scale)
+    return ptx(lines)
 
 
 if gluon is not None:
