@@ -138,6 +138,14 @@ def test_the_model_is_left_as_it_was_but_for_its_weights():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_positions_of_one_row_are_cut_for_every_row():
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
+    batch = {"input_ids": torch.arange(6).view(2, 3), "attention_mask": mask}
+    ((_, call),) = cut_padding("me", batch | {"position_ids": torch.arange(3)[None]})
+    assert call["input_ids"].tolist() == [[0, 1], [4, 5]]
+    assert call["position_ids"].tolist() == [[0, 1], [1, 2]]
+
+
 @pytest.mark.parametrize("left", [True, False])
 def test_padding_counts_for_nothing(left):
     rows = [ids(1, length, seed=length) for length in (9, 5, 9, 3)]

@@ -76,6 +76,8 @@ def cut_padding(owner: str, batch: Tensor | Mapping[str, Any]) -> list[Call]:
     require(not holes, owner, "attention_mask", "must be one run of ones a row", "holes")
 
     def cut(value: Any, rows: Tensor, length: int) -> Any:
+        if isinstance(value, Tensor) and value.shape[:2] == (1, mask.shape[1]):
+            value = value.expand(len(mask), *value.shape[1:])  # positions, the same for all rows
         if not isinstance(value, Tensor) or value.shape[:1] != mask.shape[:1]:
             return value
         part = value[rows]
