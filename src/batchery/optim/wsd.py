@@ -222,7 +222,8 @@ class WSDScheduler(LRScheduler):
         if n is None:
             require(self.unit == "steps", owner, "n", f"must be a number of {self.unit}", n)
             n = 1
-        n = int(integer(owner, "n", n, at_least=0))
+        else:
+            n = int(integer(owner, "n", n, at_least=0))
         if self.on_end == "raise" and self.phase == "done":
             raise RuntimeError(f"{owner}: the decay ended at {self.last_epoch} {self.unit}")
         if self._step_count == 1 and not getattr(self.optimizer, "_opt_called", False):
@@ -233,15 +234,18 @@ class WSDScheduler(LRScheduler):
 
     def _write(self) -> None:
         factor = self.factor()
-        rates = [base * factor for base in self.base_lrs]
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+        groups = self.optimizer.param_groups
+        rates: list[float | Tensor] = []
+        for group, base in zip(groups, self.base_lrs, strict=True):
+            rate = base * factor
+            rates.append(rate)
             held = group["lr"]
             if isinstance(held, Tensor):
                 held.fill_(rate)  # in place: fused kernels and CUDA graphs keep its address
             else:
                 group["lr"] = rate
-        if factor > 0:  # at a rate of 0 there is nothing to decay with
-            for group, decay in zip(self.optimizer.param_groups, self.base_wds, strict=False):
+        if self.base_wds and factor > 0:  # at a rate of 0 there is nothing to decay with
+            for group, decay in zip(groups, self.base_wds, strict=False):
                 group["weight_decay"] = decay / factor
         self._last_lr = rates
 

@@ -59,17 +59,17 @@ def check_shape(
 
 def rise(step: float, warmup: float, shape: str, start_ratio: float, offset: int) -> float:
     """Return the factor in a warm-up of length `warmup`, `step` units into it."""
-    progress = float(step + offset) / float(warmup)
-    value = _RISE[shape](min(progress, 1.0))
+    step = step + offset
+    progress = float(step) / float(warmup) if step < warmup else 1.0
+    value = _RISE[shape](progress)
     return value * (1.0 - start_ratio) + start_ratio
 
 
 def fall(done: float, decay: float, shape: str, min_ratio: float, half_life: float | None) -> float:
     """Return the factor in a decay of length `decay`, `done` units into it or past it."""
-    done = min(done, decay)
     if half_life is not None:
-        return max(min_ratio, math.pow(0.5, done / half_life))
-    progress = float(done) / float(decay) if decay else 1.0  # one of no length is over at once
+        return max(min_ratio, math.pow(0.5, min(done, decay) / half_life))
+    progress = float(done) / float(decay) if done < decay else 1.0  # of no length: over at once
     if shape == "exp":
         return math.pow(min_ratio, progress)
     if shape == "inverse":
