@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from marlin import microseconds
 from marlin_backends import SHAPES, copies, fresh, packed, random
 
-from batchery.kernels.w4a16 import plan
 from batchery.kernels.w4a16_layout import dequantize_w4
+from batchery.kernels.w4a16_plan import plan_tiles
 from batchery.kernels.w4a16_tiles import Tile, dequantize_tiles, launch
 
 BATCHES = (1, 16, 32, 64, 128, 256)
@@ -109,7 +109,7 @@ def sweep(shape: str, works: set[tuple[int, Tile]]) -> list[dict[str, Any]]:
         def timed(tile: Tile, split: int, x: Any = x) -> float:
             return microseconds([functools.partial(launch, x, w, tile, split) for w in weights])
 
-        tile, split = plan(m, first.rows, blocks, lanes, processors, False)
+        tile, split = plan_tiles(m, first.rows, blocks, lanes, processors, False)
         swept = []
         for other in candidates(m):
             if (trial_batch(m, other), other) not in works:

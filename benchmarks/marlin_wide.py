@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check the wide four-bit kernels on an H100 or H200, and time them beside cuBLAS and the tiles.
+"""Check the forms of the wide four-bit kernel on an H100 or H200, and time them beside cuBLAS.
 
-About 90 s. The kernels are not called by `w4a16_matmul` until this has decided on them.
+About 60 s. What `w4a16_plan` chooses among the forms rests on this.
 """
 
 import functools
@@ -72,6 +72,7 @@ def draw(n, k, group, zeros, seed=0):
 def check(name, case, dtype):
     """Errors of one form on one case, at its own share and at odd ones."""
     from batchery.kernels.w4a16_layout import dequantize_w4, pack_w4
+    from batchery.kernels.w4a16_plan import stripes
     from batchery.kernels.w4a16_wide import Wide, fits, launch
 
     form = Wide(*FORMS[name])
@@ -89,25 +90,26 @@ def check(name, case, dtype):
     assert fits(x, weight)
     tiles = -(-weight.rows // form.rows) * -(-m // form.batch)
     errors, seconds = [], []
+    usual = stripes(tiles, weight.words.shape[1], 132)[0]
     for share in (
-        None,
+        usual,
         (0, tiles, tiles),
         (0, tiles, 3 * tiles),
         (0, tiles, 2 * tiles - 1),
         (0, tiles, 3),
     ):
-        if share and share[2] > tiles * weight.words.shape[1]:
+        if share[2] > tiles * weight.words.shape[1]:
             continue
         out = torch.full((m, n // 2 if gated else n), torch.nan, dtype=dtype, device="cuda")
         begin = time.perf_counter()
-        launch(x, weight, form, bias=bias, out=out, share=share)
+        launch(x, weight, form, share, bias=bias, out=out)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
         errors.append(float((out.double() - wanted).norm() / wanted.norm()))
-    same = launch(x, weight, form, bias=bias)
-    alike = all(torch.equal(launch(x, weight, form, bias=bias), same) for _ in range(20))
+    same = launch(x, weight, form, usual, bias=bias)
+    alike = all(torch.equal(launch(x, weight, form, usual, bias=bias), same) for _ in range(20))
     x[5, 9] = torch.nan
-    y = launch(x, weight, form, bias=bias)
+    y = launch(x, weight, form, usual, bias=bias)
     kept = torch.arange(m, device="cuda") != 5
     return {
         "errors": errors,
@@ -173,9 +175,9 @@ def good(result, dtype):
 
 
 def ways(tiles, blocks, processors, many):
-    from batchery.kernels.w4a16_wide import stripes
+    from batchery.kernels.w4a16_plan import stripes
 
-    given = stripes(tiles, blocks, processors)
+    given = stripes(tiles, blocks, processors)[0]
     found = [given]
     if tiles > processors // 2:
         found.append((0, tiles, tiles))  # a program for each tile
@@ -210,7 +212,7 @@ def measure(shape, forms, found, device):
     for m in BATCHES:
         row = rows[m]
         x = random(m, k)
-        row["present"] = timed(lambda v, x=x: functools.partial(w4a16_matmul, x, v), weights)
+        row["chosen"] = timed(lambda v, x=x: functools.partial(w4a16_matmul, x, v), weights)
         for name in forms:
             if not LEAST[name] <= m <= MOST[name]:
                 continue
@@ -220,10 +222,10 @@ def measure(shape, forms, found, device):
                 try:
                     worst = None
                     if w is not None:
-                        worst = error(launch(x, first, form, share=share)[:, few], x, w)
+                        worst = error(launch(x, first, form, share)[:, few], x, w)
                     us = timed(
                         lambda v, x=x, form=form, share=share: functools.partial(
-                            launch, x, v, form, share=share
+                            launch, x, v, form, share
                         ),
                         weights,
                     )
@@ -251,10 +253,10 @@ def report(found):
     )
     print("worst error on the layers", worst)
     print(
-        "layer         M  cublas present | each form at its own share and, if faster, at its best"
+        "layer         M  cublas  chosen | each form at its own share and, if faster, at its best"
     )
     for row in sorted(found["layers"], key=lambda r: (r["shape"], r["m"])):
-        text = f"{row['shape']:12s} {row['m']:4d} {row['cublas']:7.1f} {row['present']:7.1f} |"
+        text = f"{row['shape']:12s} {row['m']:4d} {row['cublas']:7.1f} {row['chosen']:7.1f} |"
         for name in FORMS:
             mine = [entry for entry in row["forms"] if entry[0] == name]
             if mine:
@@ -266,7 +268,7 @@ def report(found):
             best = min(entry[2] for entry in row["forms"])
             text += f" = {row['cublas'] / best:.2f}x"
         print(text)
-    print("model    M  cublas TF/s  present | forms at their own share, best of all")
+    print("model    M  cublas TF/s  chosen | forms at their own share, best of all")
     for model in ("8B", "70B"):
         for m in BATCHES:
             rows = [
@@ -279,15 +281,15 @@ def report(found):
             base = sum(r["cublas"] for r in rows)
             flops = sum(2 * m * SHAPES[r["shape"]][0] * SHAPES[r["shape"]][1] for r in rows)
             text = f"{model:4s} {m:5d} {base:7.0f} {flops / base / 1e6:4.0f} "
-            text += f"{base / sum(r['present'] for r in rows):7.2f} |"
+            text += f"{base / sum(r['chosen'] for r in rows):7.2f} |"
             for name in FORMS:
                 times = [next((e[2] for e in r["forms"] if e[0] == name), None) for r in rows]
                 if None not in times:
                     text += f" {name} {base / sum(times):.2f}"
             best = sum(min(e[2] for e in r["forms"]) for r in rows)
-            either = sum(min(r["present"], *(e[2] for e in r["forms"])) for r in rows)
+            either = sum(min(r["chosen"], *(e[2] for e in r["forms"])) for r in rows)
             text += f" best {base / best:.2f} ({flops / best / 1e6:.0f} TF/s)"
-            print(text + f" with present {base / either:.2f}")
+            print(text + f" with chosen {base / either:.2f}")
     print(found["device"], "seconds", found["seconds"])
 
 

@@ -13,7 +13,8 @@ import torch
 
 from batchery.cards import load_cards
 from batchery.compress.quant import QuantLinear, dequantize, pack, quantize_rtn
-from batchery.kernels.w4a16 import plan, w4a16_matmul
+from batchery.kernels.w4a16 import w4a16_matmul
+from batchery.kernels.w4a16_plan import plan_tiles
 from batchery.kernels.w4a16_tiles import launch
 from batchery.optim import LAMB, LARS, WSDScheduler
 from batchery.privacy import (
@@ -130,7 +131,7 @@ def _w4a16(variant, device):
         if x.is_cuda:
             return w4a16_matmul(x, packed, impl="triton")
         _, blocks, _, lanes = packed.words.shape
-        return launch(x, packed, *plan(len(x), packed.rows, blocks, lanes, 132, False))
+        return launch(x, packed, *plan_tiles(len(x), packed.rows, blocks, lanes, 132, False))
 
     def wanted(x):
         y = x.double() @ exact.T
@@ -256,6 +257,7 @@ CASES = {
                 "small-groups": {"n": 64, "k": 256, "group_size": 32, "zeros": True},
                 "one-group": {"n": 33, "k": 200, "group_size": -1},
                 "gated": {"n": 140, "k": 256, "group_size": 128, "gated": True},
+                "gated-zeros": {"n": 70, "k": 192, "group_size": 64, "gated": True, "zeros": True},
             },
         ),
     )

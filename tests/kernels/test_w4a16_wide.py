@@ -7,14 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from batchery.kernels.w4a16_layout import dequantize_w4, pack_w4
-from batchery.kernels.w4a16_wide import Wide, fits, gluon, launch, nibble_asm, stripes
-
-FORMS = {
-    "tall": Wide(128, 256, 2, 2),
-    "long": Wide(256, 128, 1, 2),
-    "small": Wide(128, 128, 2, 3),
-    "narrow": Wide(64, 256, 3, 3),
-}
+from batchery.kernels.w4a16_plan import FORMS, stripes
+from batchery.kernels.w4a16_wide import Wide, fits, gluon, launch, nibble_asm
 
 
 def run_assembly(text, operands, dtype):
@@ -72,9 +66,9 @@ def shares():
     for tiles in (1, 2, 5, 7, 16, 31, 33, 131, 132, 133, 200, 264, 300, 1000):
         for blocks in (1, 3, 16, 112):
             for processors in (7, 132):
-                yield tiles, blocks, stripes(tiles, blocks, processors), processors
-    yield 5, 3, (0, 5, 4), 7
-    yield 29, 5, (3, 8, 7), 7
+                yield tiles, blocks, stripes(tiles, blocks, processors)[0]
+    yield 5, 3, (0, 5, 4)
+    yield 29, 5, (3, 8, 7)
 
 
 def as_python(function, program, programs):
@@ -93,9 +87,8 @@ def as_python(function, program, programs):
 def test_every_turn_of_every_tile_is_some_programs_and_they_find_each_other():
     from batchery.kernels import w4a16_wide as wide
 
-    for tiles, blocks, (whole, tail, sharers), processors in shares():
+    for tiles, blocks, (whole, tail, sharers) in shares():
         programs = (tiles - tail) // whole if whole else sharers
-        assert 0 < programs <= processors
         assert sharers <= programs
         done = torch.zeros(tiles, blocks, dtype=torch.int64)
         places, owners = set(), set()
@@ -128,18 +121,14 @@ def test_every_turn_of_every_tile_is_some_programs_and_they_find_each_other():
         assert max(owners, default=0) < 512
 
 
-def test_stripes_leave_no_program_without_work_where_that_pays():
-    assert stripes(128, 32, 132) == (0, 128, 128)  # as good as whole
-    assert stripes(64, 32, 132) == (0, 64, 128)
-    whole, tail, sharers = stripes(448, 32, 132)
-    assert whole * 32 + tail * 32 / sharers < 448 / 132 * 32 * 1.02
-
-
 def test_only_rows_aligned_on_hopper_fit():
     assert not fits(
         torch.ones(2, 64), pack_w4(torch.ones(2, 64, dtype=torch.uint8), torch.ones(2, 1))
     )
 
+
+SMALL = Wide(128, 128, 2, 3)
+OTHERS = [form for form in FORMS if form != SMALL]
 
 CASES = {
     "even": (1280, 1024, 128, 256, ""),
@@ -162,8 +151,7 @@ def draw(n, k, group, zeros):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(  # every pair takes a few seconds to compile
-    ("form", "name"),
-    [("tall", name) for name in CASES] + [(form, "odd") for form in FORMS if form != "tall"],
+    ("form", "name"), [(SMALL, name) for name in CASES] + [(form, "odd") for form in OTHERS]
 )
 def test_the_kernel_follows_the_equation(form, name):
     n, k, group, m, extra = CASES[name]
@@ -181,12 +169,10 @@ def test_the_kernel_follows_the_equation(form, name):
         if gated:
             wanted = F.silu(wanted[:, : n // 2]) * wanted[:, n // 2 :]
             bias = torch.stack(bias.chunk(2), 1).flatten()
-        for share in (
-            None,
-            (0, -(-weight.rows // FORMS[form].rows) * -(-m // FORMS[form].batch), 7),
-        ):
+        tiles = -(-weight.rows // form.rows) * -(-m // form.batch)
+        for share in ((0, tiles, tiles), (0, tiles, 2 * tiles), (0, tiles, 7)):
             out = torch.full((m, n // 2 if gated else n), torch.nan, dtype=dtype, device="cuda")
-            launch(x, weight, FORMS[form], bias=bias, out=out, share=share)
+            launch(x, weight, form, share, bias=bias, out=out)
             assert float((out.double() - wanted).norm() / wanted.norm()) <= tolerance
     assert int(weight.counters.abs().sum()) == 0
 
@@ -196,10 +182,12 @@ def test_the_kernel_follows_the_equation(form, name):
 def test_runs_give_the_same_bits_and_a_nan_stays_in_its_row(form):
     weight = pack_w4(*draw(4096, 4096, 128, False))
     x = torch.randn(300, 4096, device="cuda").half()
-    first = launch(x, weight, FORMS[form])
-    assert all(torch.equal(launch(x, weight, FORMS[form]), first) for _ in range(50))
+    tiles = 4096 // form.rows * -(-300 // form.batch)
+    arguments = (weight, form, (0, tiles, 132))
+    first = launch(x, *arguments)
+    assert all(torch.equal(launch(x, *arguments), first) for _ in range(50))
     x[7, 3] = torch.nan
-    found = launch(x, weight, FORMS[form])
+    found = launch(x, *arguments)
     assert found[7].isnan().all()
     kept = torch.arange(300, device="cuda") != 7
     assert torch.equal(found[kept], first[kept])

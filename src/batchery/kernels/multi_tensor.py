@@ -67,9 +67,14 @@ def triton_ready(tensor: Tensor) -> bool:
 
 def on_its_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Make a tensor's CUDA device the current one, which is where Triton launches."""
-    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+    if _devices() < 2 or tensor.get_device() in (-1, torch.cuda.current_device()):
         return nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+@cache
+def _devices() -> int:
+    return torch.cuda.device_count()
 
 
 @cache

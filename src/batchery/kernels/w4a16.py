@@ -19,7 +19,7 @@ order that follows the number of processors, and shuffles weights into fragments
 """
 
 import warnings
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -28,10 +28,14 @@ from torch import Tensor
 
 from batchery._core.validate import one_of, require
 from batchery.kernels.multi_tensor import processors_of, triton
-from batchery.kernels.w4a16_layout import WIDEST, PackedW4, dequantized_slices, weave
-from batchery.kernels.w4a16_tiles import Tile, dequantize_tiles, launch
+from batchery.kernels.w4a16_layout import PackedW4, dequantized_slices, weave
+from batchery.kernels.w4a16_plan import INVARIANT_BATCH, MOST_BATCH, is_wide, plan_tiles, plan_wide
+from batchery.kernels.w4a16_tiles import dequantize_tiles
+from batchery.kernels.w4a16_tiles import launch as launch_tiles
+from batchery.kernels.w4a16_wide import fits
+from batchery.kernels.w4a16_wide import launch as launch_wide
 
-__all__ = ["plan", "w4a16_matmul", "w4a16_reference"]
+__all__ = ["w4a16_matmul", "w4a16_reference"]
 
 Impl = Literal["auto", "torch", "triton"]
 
@@ -40,32 +44,6 @@ IMPLS = get_args(Impl)
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (*HALVES, torch.float32)
 NATIVE_BATCH = 128  # rows up to which torch's four-bit matmul on the CPU beats dequantising
-INVARIANT_BATCH = 64
-MOST_BATCH = 1024  # rows above which a dense product of dequantised weights is faster
-
-Plan = tuple[int, Tile, int, float, float]
-
-# For batches of at most so many rows: the tile; the programs of it that a processor runs side by
-# side; and in turns of the loop, what a program loses at its ends, and what adding up costs for
-# each part of the columns. The fastest of two sweeps on an H100.
-_SCALED = Tile(128, 128, step=32, warps=8, stages=3, scale_weights=True)
-TILES: tuple[Plan, ...] = (
-    (8, Tile(8, 128, stages=3), 2, 1, 0.75),
-    (16, Tile(16, 64, stages=3), 4, 2, 0.5),
-    (32, Tile(32, 128, warps=8, stages=3), 2, 1, 1),
-    (64, Tile(64, 128, step=32, warps=8, stages=3, scale_weights=True), 2, 2, 1.5),
-    (128, _SCALED, 2, 2, 2),
-    (MOST_BATCH, _SCALED, 1, 6, 2),
-)
-# Where tiles of 128 rows of W would occupy less than three eighths of the processors.
-NARROW: tuple[Plan, ...] = (
-    *TILES[:2],
-    (32, Tile(32, 64, stages=3), 3, 8, 0.5),
-    (64, Tile(64, 64, stages=3, scale_weights=True), 2, 6, 0),
-    *TILES[4:],
-)
-INVARIANT = (2, 3, 0)
-MOST_SPLIT = 16
 
 
 def w4a16_matmul(
@@ -170,51 +148,6 @@ def _join(y: Tensor) -> Tensor:
     return F.silu(y[:, 0::2]) * y[:, 1::2]
 
 
-@lru_cache(maxsize=4096)
-def plan(
-    batch: int, rows: int, blocks: int, lanes: int, processors: int, invariant: bool
-) -> tuple[Tile, int]:
-    """Choose the tile, and the parts that columns are split in.
-
-    Parts are taken so that the last round of programs is full, where that is worth the turns that
-    each program loses at its ends, and those that adding up the parts takes.
-
-    Args:
-        batch: rows of x.
-        rows: rows of W, with padding.
-        blocks: blocks of columns.
-        lanes: words of a row in a block.
-        processors: of the device.
-        invariant: let nothing depend on `batch` but the tile's width.
-    """
-    plans = NARROW if rows // WIDEST * 8 <= processors * 3 else TILES
-    _, tile, held, lost, added = next((entry for entry in plans if batch <= entry[0]), plans[-1])
-    if invariant:
-        width = max(16, min(INVARIANT_BATCH, triton.next_power_of_2(batch)))
-        tile, (held, lost, added), batch = Tile(width, 64, stages=3), INVARIANT, 1
-    tiles = rows // tile.rows * -(-batch // tile.batch)
-    steps = blocks * lanes // min(tile.step, lanes)
-    return tile, best_split(tiles, steps, processors * held, lost, added)
-
-
-def best_split(tiles: int, steps: int, places: int, lost: float, added: float) -> int:
-    """Return the parts to split the columns in.
-
-    Args:
-        tiles: of the output.
-        steps: turns that one tile takes.
-        places: programs that run side by side.
-        lost: turns that a program loses at its ends.
-        added: turns that adding up takes for each part.
-    """
-
-    def turns(split: int) -> float:
-        rounds = -(-tiles * split // places)
-        return rounds * (-(-steps // split) + lost) + (added * split if split > 1 else 0)
-
-    return min(range(1, min(steps, MOST_SPLIT) + 1), key=turns)
-
-
 def _by_triton(x: Tensor, impl: Impl) -> bool:
     """Say whether the kernels run, or raise if they must and cannot."""
     can = triton is not None and x.is_cuda and x.dtype in HALVES and _modern(x.device)
@@ -240,6 +173,11 @@ def _by_kernel(
     m, n = x.shape[0], weight.shape[0]
     shape = (m, n // 2 if weight.gated else n)
     out = x.new_empty(shape) if out is None else out.view(shape)
+    rows, (_, blocks, _, lanes) = weight.rows, weight.words.shape
+    processors = processors_of(x.device)
+    if not invariant and is_wide(m, weight.words.numel()) and fits(x, weight):
+        form, share = plan_wide(m, rows, blocks, processors)
+        return launch_wide(x, weight, form, share, bias=bias, out=out)
     if m > MOST_BATCH and not invariant:
         y = F.linear(x, dequantize_tiles(weight, x.dtype), bias)
         return out.copy_(_join(y)) if weight.gated else out.copy_(y)
@@ -247,11 +185,9 @@ def _by_kernel(
     if invariant and m > INVARIANT_BATCH:
         # An invariant split serves one tile of rows: its counters would not do for more.
         parts = list(zip(x.split(INVARIANT_BATCH), out.split(INVARIANT_BATCH), strict=True))
-    _, blocks, _, lanes = weight.words.shape
-    fixed = (weight.rows, blocks, lanes, processors_of(x.device), invariant)
     for part, place in parts:
-        tile, split = plan(part.shape[0], *fixed)
-        launch(part, weight, tile, split, bias=bias, out=place)
+        tile, split = plan_tiles(part.shape[0], rows, blocks, lanes, processors, invariant)
+        launch_tiles(part, weight, tile, split, bias=bias, out=place)
     return out
 
 

@@ -23,6 +23,7 @@ This is no format for storage: keep q, scales and zeros, and pack after loading.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -78,6 +79,13 @@ class PackedW4:
     def rows(self) -> int:
         """N with padding."""
         return self.scales.shape[1]
+
+    @cached_property
+    def begins(self) -> int:
+        """Addresses of all tensors in one number: a bit is 0 where it is in each."""
+        zeros = 0 if self.zeros is None else self.zeros.data_ptr()
+        own = self.words.data_ptr() | self.scales.data_ptr() | self.counters.data_ptr()
+        return own | zeros
 
     @property
     def nbytes(self) -> int:

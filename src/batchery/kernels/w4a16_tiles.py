@@ -9,9 +9,10 @@ shared memory by asynchronous copies, registers by matrix loads (16-bit words ha
 and one multiply-add each. The matrix instruction takes them from registers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,11 +20,10 @@ from torch import Tensor
 from batchery.kernels.multi_tensor import on_its_device, tl, triton
 from batchery.kernels.w4a16_layout import NIBBLES, PackedW4
 
-__all__ = ["Tile", "dequantize_tiles", "launch"]
+__all__ = ["Runners", "Tile", "aligned", "dequantize_tiles", "launch", "run"]
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """How one program works.
 
     Attributes:
@@ -66,11 +66,50 @@ def launch(
     partials = None
     if call.partials:
         partials = torch.empty(call.partials, dtype=torch.float32, device=x.device)
-    tensors = (x, words, scales, zeros, bias, out, partials, counters)
     strides = (x.stride(0), out.stride(0))
+    key = (x.get_device(), *strides, scales.dtype, None if bias is None else bias.dtype)
+    tensors = (x, words, scales, zeros, bias, out, partials, counters)
+    arguments = (*tensors, *strides, *call.numbers, *call.constants)
     with on_its_device(x):
-        _w4a16[(call.programs,)](*tensors, *strides, *call.numbers, **call.options)
+        known = call.runners if aligned(weight, x, out, bias) else {}
+        run(_w4a16, known, key, call.programs, arguments, call.options)
     return out
+
+
+Runners = dict[Any, Callable[..., Any]]
+
+
+def run(
+    kernel: Any,
+    runners: Runners,
+    key: tuple[Any, ...],
+    programs: int,
+    arguments: tuple[Any, ...],
+    options: dict[str, int],
+) -> None:
+    """Launch a kernel; again without Triton's search for its compiled form, 40 µs of the host.
+
+    Args:
+        kernel: to launch.
+        runners: compiled forms that differ by nothing but their key; filled here.
+        key: all that Triton compiles for and that is not the same for all of `runners`.
+        programs: how many.
+        arguments: of the kernel, constants too, in its order.
+        options: warps and the like.
+    """
+    runner = runners.get((programs, key))
+    if runner is not None:
+        runner(*arguments)
+        return
+    form = kernel[(programs,)](*arguments, **options)
+    if form is not None:  # Triton's interpreter has none
+        runners[programs, key] = form[(programs, 1, 1)]
+
+
+def aligned(weight: PackedW4, x: Tensor, out: Tensor, bias: Tensor | None) -> bool:
+    """Say whether all begin at multiples of 16 bytes, which Triton compiles for."""
+    bits = weight.begins | x.data_ptr() | out.data_ptr()
+    return (bits if bias is None else bits | bias.data_ptr()) % 16 == 0
 
 
 @dataclass(frozen=True)
@@ -80,14 +119,18 @@ class _Call:
     Attributes:
         programs: how many.
         partials: float32 numbers of their sums, 0 where columns are not split.
-        numbers: the kernel's arguments after the strides.
+        numbers: the kernel's integers after the strides.
+        constants: what is known at compile time.
         options: warps and stages.
+        runners: compiled forms, see `run`.
     """
 
     programs: int
     partials: int
-    numbers: tuple[Any, ...]
+    numbers: tuple[int, ...]
+    constants: tuple[Any, ...]
     options: dict[str, int]
+    runners: Runners
 
 
 @lru_cache(maxsize=4096)
@@ -125,8 +168,10 @@ def _prepared(
     return _Call(
         programs=tiles * split,
         partials=tiles * split * tile.batch * tile.rows if split > 1 else 0,
-        numbers=(*numbers, *constants.values()),
+        numbers=numbers,
+        constants=tuple(constants.values()),
         options={"num_warps": tile.warps, "num_stages": tile.stages},
+        runners={},
     )
 
 

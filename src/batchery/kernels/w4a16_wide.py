@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Four-bit weights times many rows on Hopper: programs whose warps have different trades.
 
-When to use: 129 to some 2048 rows of x, where the matrix units and not memory are the limit. When
-not: fewer rows (`w4a16_tiles` reads W faster); other processors than sm_90; x whose rows are not
-aligned to 16 bytes. `fits` says. Compiled, but not yet run: `w4a16_matmul` does not call it until
-`benchmarks/marlin_wide.py` has checked and timed it.
+When to use: more than some 64 rows of x, where the matrix units and not memory are the limit, and
+large layers from 17 rows on. When not: fewer rows (`w4a16_tiles` reads W faster); other processors
+than sm_90; x whose rows are not aligned to 16 bytes. `fits` says.
 
     yᵀ[N, M] = Σ_i w_i · x_iᵀ     over slices of J columns: one nibble of a block of words
     w_i = s·(q_i - z)             in registers, in x's dtype
@@ -23,16 +22,15 @@ Reference: Frantar et al., MARLIN, arXiv 2408.11743 (2024); theirs is for Ampere
 Gluon, where a kernel and not the compiler says which warp waits for what.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from batchery.kernels.multi_tensor import processors_of
+from batchery.kernels.multi_tensor import on_its_device
 from batchery.kernels.w4a16_layout import CHUNK, NIBBLES, PackedW4
-from batchery.kernels.w4a16_tiles import nibble_lines, ptx
+from batchery.kernels.w4a16_tiles import Runners, aligned, nibble_lines, ptx, run
 
 try:
     from triton.experimental import gluon
@@ -47,15 +45,17 @@ try:
 except ImportError:  # no Triton, or one without Gluon
     gluon = None
 
-__all__ = ["Wide", "fits", "launch", "nibble_asm", "stripes"]
+__all__ = ["Share", "Wide", "fits", "launch", "nibble_asm"]
 
 WIDEST = 128  # rows of x of one matrix instruction here
-MOST_PARTS = 6  # that a tile is cut in evenly
-PART_TURNS = 0.65  # turns of the loop in which one part of a tile is written or read, an estimate
+OPTIONS = {"num_warps": 4, "maxnreg": 168}
+
+# How many whole tiles each program takes, how many tiles are left to be cut, and among how many
+# programs; as many as tiles: they are not cut.
+Share = tuple[int, int, int]
 
 
-@dataclass(frozen=True)
-class Wide:
+class Wide(NamedTuple):
     """How a program works.
 
     Attributes:
@@ -75,49 +75,25 @@ class Wide:
 
 def fits(x: Tensor, weight: PackedW4) -> bool:
     """Say whether the kernel can take x `(M, K)` and this weight."""
-    if gluon is None or not x.is_cuda or torch.version.hip is not None:
+    if gluon is None or not x.is_cuda or x.dtype not in (torch.float16, torch.bfloat16):
         return False
     aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
-    fine = x.dtype in (torch.float16, torch.bfloat16) and aligned
-    return fine and torch.cuda.get_device_capability(x.device)[0] == 9
+    return aligned and weight.words.data_ptr() % 16 == 0 and _is_hopper(x.device)
 
 
-def stripes(tiles: int, blocks: int, processors: int) -> tuple[int, int, int]:
-    """Share output tiles of `blocks` turns among programs.
-
-    Returns:
-        How many whole tiles each program takes, how many tiles are left to be cut, and among how
-        many programs.
-    """
-    most = tiles // processors
-
-    def ways() -> Iterator[tuple[int, int, int]]:
-        for whole in range(max(0, most - 1), most + 1):
-            rest = tiles - whole * processors
-            counts = {processors, *(rest * parts for parts in range(1, MOST_PARTS + 1))}
-            for programs in sorted(counts) if rest else (0,):
-                if programs <= min(processors, rest * blocks):
-                    yield whole, rest, programs
-
-    def turns(way: tuple[int, int, int]) -> float:
-        whole, rest, programs = way
-        if programs == rest:
-            return (whole + (rest > 0)) * blocks
-        # what a program writes of its tiles, and what it reads of one of them
-        parts = programs // rest + (1 if programs % rest == 0 else 4)
-        return whole * blocks + -(-rest * blocks // programs) + PART_TURNS * parts
-
-    return min(ways(), key=turns)
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def launch(
     x: Tensor,
     weight: PackedW4,
     form: Wide,
+    share: Share,
     *,
     bias: Tensor | None = None,
     out: Tensor | None = None,
-    share: tuple[int, int, int] | None = None,
 ) -> Tensor:
     """Multiply x `(M, K)` by the weight; a gated weight's bias comes woven.
 
@@ -125,9 +101,9 @@ def launch(
         x: `(M, K)`, M > 0; see `fits`.
         weight: on x's device.
         form: how each program works.
+        share: what each program does; a cut is among at most 512 programs.
         bias: `(N,)`.
         out: where the result goes.
-        share: instead of what `stripes` says; of a cut among more programs than tiles at most 512.
     """
     (m, k), (n, _) = x.shape, weight.shape
     _, blocks, _, lanes = weight.words.shape
@@ -135,28 +111,44 @@ def launch(
         out = x.new_empty(m, n // 2 if weight.gated else n)
     m_tiles = -(-m // form.batch)
     tiles = -(-weight.rows // form.rows) * m_tiles
-    whole, tail, sharers = share or stripes(tiles, blocks, processors_of(x.device))
+    whole, tail, sharers = share
     programs = (tiles - tail) // whole if whole else sharers
     places = 2 * sharers if sharers != tail else 0
     partials = x.new_empty(max(1, places * form.batch * form.rows), dtype=torch.float32)
-    one_group = len(weight.scales) == 1
-    swizzled = gl.NVMMASharedLayout(2 * lanes, 16, 2)
+    zeros, groups = weight.zeros, len(weight.scales)
+    constants, runners = _prepared(
+        form, x.dtype, weight.group_size if groups > 1 else 0, zeros is not None, weight.gated
+    )
+    swizzled = _swizzled(lanes)
     words = weight.words.view(-1, lanes)
-    forms = [
-        nibble_asm(x.dtype, place, weight.zeros is not None, not one_group)
-        for place in range(NIBBLES)
-    ]
-    _wide[(programs,)](
-        TensorDescriptor(x, [m, k], [x.stride(0), 1], [min(form.batch, WIDEST), lanes], swizzled),
+    narrow = min(form.batch, WIDEST)
+    descriptors = (
+        TensorDescriptor(x, [m, k], [x.stride(0), 1], [narrow, lanes], swizzled),
         TensorDescriptor(words, [*words.shape], [lanes, 1], [CHUNK, lanes], swizzled),
-        weight.scales, weight.zeros, bias, out, partials, weight.counters,
-        m, n, out.stride(0), weight.rows, blocks, m_tiles, whole, tail, sharers,
-        GROUP=0 if one_group else weight.group_size, GATED=weight.gated,
-        BATCH=form.batch, ROWS=form.rows, TURNS=form.turns, WORDS=form.words,
-        REGISTERS=form.registers, A=forms[0], B=forms[1], C=forms[2], D=forms[3],
-        num_warps=4, maxnreg=168,
-    )  # fmt: skip
+    )
+    tensors = (weight.scales, zeros, bias, out, partials, weight.counters)
+    numbers = (m, n, out.stride(0), weight.rows, blocks, m_tiles, whole, tail, sharers)
+    kinds = (lanes, weight.scales.dtype, None if bias is None else bias.dtype)
+    arguments = (*descriptors, *tensors, *numbers, *constants)
+    with on_its_device(x):
+        known = runners if aligned(weight, x, out, bias) else {}
+        run(_wide, known, (x.get_device(), *kinds, *numbers), programs, arguments, OPTIONS)
     return out
+
+
+@cache
+def _swizzled(lanes: int) -> Any:
+    return gl.NVMMASharedLayout(2 * lanes, 16, 2)
+
+
+@cache
+def _prepared(
+    form: Wide, dtype: torch.dtype, group: int, asymmetric: bool, gated: bool
+) -> tuple[tuple[Any, ...], Runners]:
+    """Return the kernel's constants, and its compiled forms."""
+    asm = [nibble_asm(dtype, place, asymmetric, group > 0) for place in range(NIBBLES)]
+    sizes = (form.batch, form.rows, form.turns, form.words)
+    return (group, *sizes, gated, form.registers, *asm), {}
 
 
 @cache
