@@ -11,7 +11,8 @@ import pytest
 import torch
 from dist_ranks import run_on_ranks
 
-from batchery.privacy import HorizonExceeded, OnOneRank, TreeCounter
+from batchery.privacy import FloatNoise, HorizonExceeded, OnOneRank, TreeCounter
+from batchery.privacy.column_mechanism import ColumnMechanism
 from batchery.privacy.mechanism import Mechanism
 
 from .cases import CASES, _tree, global_randomness, objects
@@ -145,16 +146,149 @@ def test_beyond_the_horizon_nothing_is_touched(case):
     assert issubclass(HorizonExceeded, ValueError)
 
 
-@every
-def test_rows_of_another_shape_are_refused_without_a_trace_and_without_their_values(case):
-    mechanism = case.build()
-    mechanism.update(rows()[0])
+NAN, INF = float("nan"), float("inf")
+REFUSED = {  # by every mechanism
+    "short": [1] * (COLUMNS - 1),
+    "long": [987_654] * (COLUMNS + 4),
+    "nested": [[1, 0, 0]],
+    "scalar": 1,
+    "empty": [],
+    "ragged": [[1], [0, 1], 0],
+    "text": ["1", "0", "0"],
+    "none": [None, 0, 0],
+    "huge": [1 << 64, 0, 0],
+    "nan": [NAN, 0.0, 1.0],
+    "infinite": [0.0, INF, 1.0],
+    "complex": [1j, 0, 1],
+}
+REFUSED_IN_PART = {
+    "half": [0.5, 0.0, 1.0],  # where rows are integers
+    "negative": [-1, 0, 1],  # where they are bits
+    "two": [0, 987_654, 1],
+    "most": [0, 255, 1],
+    "crowd": [1, 1, 0],  # where a row has one bit
+}
+FLOAT = {"sampler": "float"}
+SHORT = {**FLOAT, "dtype": torch.float32}
+VARIANTS = {  # every way to release, beside those of the cases
+    "TreeCounter": [
+        {"estimator": "honaker"},
+        {"clip": "linf", "row_sensitivity": 9},
+        {"horizon": None},
+        SHORT,
+    ],
+    "FactorizationCounter": [
+        {"strategy": "sqrt"},
+        {"strategy": "banded", "bands": 3},
+        {"strategy": "blt"},
+        {"clip": "l2", "row_sensitivity": 9.0},
+        {"horizon": None},
+        {"dtype": torch.float32},
+    ],
+    "MaxSum": [{"mechanism": name} for name in ("tree", "sparse", "constant")]
+    + [{"mechanism": "sqrt", **FLOAT}, {"horizon": None}, {"mechanism": "tree", "max_ones": 1}],
+    "SumSelect": [{"mechanism": name} for name in ("tree", "constant")]
+    + [{"mechanism": "sqrt", **FLOAT}, {"horizon": None}, {"mechanism": "tree", "max_ones": 1}],
+}
+EACH = [(case, kinds) for case in MECHANISMS for kinds in ({}, *VARIANTS[case.name])]
+each_way = pytest.mark.parametrize(
+    ("case", "kinds"), EACH, ids=[f"{case.name}-{kinds}" for case, kinds in EACH]
+)
+
+
+def built(case, kinds):
+    """A mechanism with seeded noise of the kind that its sampler has."""
+    seeded = FloatNoise(torch.Generator().manual_seed(1)) if "sampler" in kinds else None
+    return case.build(**kinds, **({"noise": seeded} if seeded else {}))
+
+
+def few(n=6):
+    """Rows that every mechanism takes."""
+    return torch.eye(COLUMNS, dtype=torch.int64).repeat(n, 1)[:n]
+
+
+def refused_by(mechanism):
+    found = dict(REFUSED)
+    if mechanism.sampler == "discrete":
+        found["half"] = REFUSED_IN_PART["half"]
+    if isinstance(mechanism, ColumnMechanism):
+        found |= {name: REFUSED_IN_PART[name] for name in ("half", "negative", "two", "most")}
+        if mechanism.max_ones == 1:
+            found["crowd"] = REFUSED_IN_PART["crowd"]
+    return found
+
+
+@each_way
+def test_what_is_refused_leaves_no_trace_in_state_or_noise_and_shows_no_values(case, kinds):
+    mechanism, other = built(case, kinds), built(case, kinds)
+    for each in (mechanism, other):
+        each.update(few()[0])
     state = written(mechanism.state_dict())
-    for call in (mechanism.update, mechanism.update_many):
-        with pytest.raises(ValueError, match=f"{case.name}: rows? must have shape") as error:
-            call(torch.full((COLUMNS + 4,), 987_654))
-        assert "987654" not in str(error.value)
-    assert same(state, mechanism.state_dict())
+    for name, row in refused_by(mechanism).items():
+        before = few(2).tolist()
+        for call, given in ((mechanism.update, row), (mechanism.update_many, [*before, row])):
+            with pytest.raises((TypeError, ValueError, RuntimeError)) as error:
+                call(given)
+            assert "987654" not in str(error.value), name
+            assert same(state, mechanism.state_dict()), name
+    # Rows that a sum of another kind could stumble over are taken, and their gradients left.
+    for dtype in (torch.bool, torch.uint8, torch.uint16, torch.uint64):
+        assert torch.equal(
+            *(torch.as_tensor(m.update(few()[1].to(dtype))) for m in (mechanism, other))
+        )
+    if mechanism.sampler == "float":
+        rows = few().double().requires_grad_()
+        found = mechanism.update_many(rows)
+        assert not found.requires_grad
+        assert torch.equal(found, other.update_many(few()))
+    assert torch.equal(mechanism.update_many(few()), other.update_many(few()))
+
+
+@each_way
+def test_an_update_whose_state_cannot_be_written_has_not_been(case, kinds):
+    def full(state):
+        raise OSError("no space left")
+
+    mechanism, other = built(case, kinds), built(case, kinds)
+    for each in (mechanism, other):
+        each.update_many(few())
+    state, shown = written(mechanism.state_dict()), mechanism.last()
+    for call, given in ((mechanism.update, few()[0]), (mechanism.update_many, few())):
+        with pytest.raises(OSError, match="no space left"):
+            call(given, commit=full)
+        assert same(state, mechanism.state_dict())
+        assert torch.equal(torch.as_tensor(mechanism.last()), torch.as_tensor(shown))
+    assert torch.equal(mechanism.update_many(few()), other.update_many(few()))
+
+
+@each_way
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_broken_off_in_a_step_it_goes_back_or_shows_nothing_until_a_state_is_loaded(
+    case, kinds, error, monkeypatch
+):
+    mechanism, other = built(case, kinds), built(case, kinds)
+    for each in (mechanism, other):
+        each.update_many(few())
+    state = written(mechanism.state_dict())
+
+    steps = mechanism._steps
+
+    def broken(rows):
+        steps(rows)
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mechanism, "_steps", broken)
+        with pytest.raises(error):
+            mechanism.update_many(few(), commit=lambda state: None)
+        assert same(state, mechanism.state_dict())
+        with pytest.raises(error):
+            mechanism.update_many(few())
+    for call in (lambda: mechanism.update(few()[0]), mechanism.last, mechanism.state_dict):
+        with pytest.raises(RuntimeError, match=f"{case.name}: was broken off in the middle"):
+            call()
+    mechanism.load_state_dict(state)
+    assert torch.equal(mechanism.update_many(few()), other.update_many(few()))
 
 
 @every
@@ -202,12 +336,6 @@ def test_the_state_is_written_before_the_release_is_seen(case):
     again.load_state_dict(written(states[-1]))
     assert torch.equal(torch.as_tensor(again.last()), torch.as_tensor(release))
 
-    def full(state):
-        raise OSError("no space left")
-
-    with pytest.raises(OSError, match="no space left"):
-        mechanism.update(rows()[5], commit=full)
-
 
 @every
 def test_spending_grows_to_the_budget_and_no_further(case):
@@ -234,12 +362,12 @@ def test_bounds_are_finite_and_wider_where_more_certain(case):
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
 )
-@every
-def test_a_copy_with_seeded_noise_goes_on_like_the_original(case, copied):
-    mechanism = case.build()
-    single(mechanism, rows()[:7])
+@each_way
+def test_a_copy_with_seeded_noise_goes_on_like_the_original(case, kinds, copied):
+    mechanism = built(case, kinds)
+    single(mechanism, few(7))
     other = copied(mechanism)
-    assert torch.equal(single(mechanism, rows()[7:]), single(other, rows()[7:]))
+    assert torch.equal(single(mechanism, few(9)), single(other, few(9)))
 
 
 @every

@@ -148,6 +148,19 @@ def test_the_worst_and_mean_without_a_horizon_are_those_of_all_steps():
         assert counter.design.mean(t) == pytest.approx(sum(variances[:t]) / t, rel=1e-12)
 
 
+def test_the_bound_without_a_horizon_covers_the_largest_laplace_noise():
+    counter = TreeCounter(None, budget=Budget.pure(1.0))
+    counter.update_many([0] * 200)  # in the epoch of 128 rows, whose tree has 8 levels
+    totals, nodes = 7 * [2.0], 7 * [2.0 * 8]  # b of all noise in release 127 + 127
+    for beta in (0.5, 1e-3, 1e-30):
+        log = math.log(2 * 255 / (beta * 6 / (math.pi * 8) ** 2))
+        chernoff = [
+            (log - sum(math.log1p(-((b * s) ** 2)) for b in totals + nodes)) / s
+            for s in np.linspace(0, 1 / 16, 2000)[1:-1]
+        ]
+        assert counter.error_bound(beta) > min(chernoff) * 0.999
+
+
 def test_scales_follow_levels_budget_and_sensitivity():
     law = TreeCounter(64, budget=RHO).design
     assert (law.kind, law.scale) == ("gaussian", 7)  # H = 7, not 6
@@ -350,10 +363,12 @@ def test_state_is_written_before_a_release_is_seen():
 
     with pytest.raises(OSError, match="disk full"):
         counter.update(1, commit=fail)
-    # What had been released and not seen is in the state; it needs no new noise.
+    assert counter.t == 5
+    assert torch.equal(counter.last(), releases[-1])
+    # Had it been written all the same: what was released and not seen needs no new noise.
     again = TreeCounter(8, budget=RHO)
     again.resume(written[-1], published=5)
-    assert torch.equal(again.last(), counter.last())
+    assert again.t == 6
 
 
 def test_a_state_behind_what_was_published_is_refused_or_paid_for():

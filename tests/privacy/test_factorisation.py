@@ -105,6 +105,25 @@ def test_four_buffers_come_close_to_the_square_root(horizon, loss):
     assert np.all(np.diff(column) <= 0)
 
 
+def test_buffers_are_fitted_where_gradients_are_off():
+    with torch.inference_mode():
+        assert fit_buffers.__wrapped__(100, 3) == fit_buffers(100, 3)
+
+
+def test_an_epoch_that_does_not_fit_is_refused_before_it_begins():
+    counter = FactorizationCounter(None, strategy="sqrt", budget=RHO, memory_budget=2 * 8 * 64)
+    counter.update_many([0.0] * 126)
+    before = repr(counter.state_dict())
+    for rows in ([0.0] * 2, [0.0] * 400):
+        with pytest.raises(ValueError, match="strategy must be 'blt' within memory_budget"):
+            counter.update_many(rows)
+        assert repr(counter.state_dict()) == before
+    counter.update(0.0)
+    with pytest.raises(ValueError, match="strategy must be 'blt' within memory_budget"):
+        counter.update(0.0)
+    assert counter.t == 127
+
+
 @pytest.mark.parametrize("bands", [1, 2, 7, 100])
 def test_recovery_by_newton_is_that_by_recursion(bands):
     column, n = sqrt_coefficients(bands), 300

@@ -14,6 +14,8 @@ from scipy import stats
 
 from batchery.privacy import (
     Budget,
+    Challenge,
+    ContinualGame,
     DiscreteNoise,
     FloatNoise,
     HorizonExceeded,
@@ -351,6 +353,73 @@ def test_coupled_runs_on_neighbours_are_the_same_and_cost_what_was_declared(hori
     assert cost <= Fraction(budget.rho)
 
 
+@pytest.mark.parametrize("adjacency", ["replace", "add_remove"])
+@pytest.mark.parametrize(("d", "ones"), [(d, k) for d in (1, 2, 3, 5) for k in (1, 2, 4, None)])
+def test_few_ones_in_a_row_are_a_small_sensitivity(d, ones, adjacency):
+    every = np.array([*itertools.product((0, 1), repeat=d)])
+    every = every[every.sum(1) <= (ones or d)]
+    others = every if adjacency == "replace" else every[:1]  # all zeros
+    changes = int(np.abs(every[:, None] - others).sum(-1).max())  # of bits: L1, and L2 squared
+    kinds = {"mechanism": "tree", "adjacency": adjacency, "max_ones": ones}
+    counter = MaxSum(64, d, budget=RHO, **kinds)._raw.counter
+    assert counter.row_sensitivity == math.sqrt(changes)
+    assert counter.design.scale == pytest.approx(7 * changes, rel=1e-6)  # H Δ² / (2ρ)
+    assert counter.design.scale >= 7 * changes
+    counter = SumSelect(64, d, budget=Budget.pure(0.5), **kinds)._raw.counter
+    assert counter.design.scale == 7 * changes * 2  # H Δ₁ / ε
+
+
+@pytest.mark.parametrize("kinds", [{}, {"adjacency": "add_remove"}], ids=str)
+@pytest.mark.parametrize("mechanism", ["tree", "sqrt"])
+def test_coupled_runs_on_rows_of_one_bit_cost_all_that_was_declared(mechanism, kinds):
+    """Their records change two entries, or one: no less noise would do, and no more is paid."""
+    one_hot = torch.eye(4, dtype=torch.int64)
+    other = one_hot[0] * 0 if kinds else one_hot[1]
+
+    def adversary(releases):
+        seen = int(sum(releases)) if releases else 0
+        return Challenge(one_hot[0], other) if not releases else one_hot[seen % 4]
+
+    def build(noise):
+        real = {"sampler": "float"} if mechanism == "sqrt" else {}
+        return MaxSum(
+            63, 4, budget=RHO, mechanism=mechanism, max_ones=1, noise=noise, **kinds, **real
+        )
+
+    noise = FloatNoise(torch.Generator().manual_seed(1))
+    noise = noise if mechanism == "sqrt" else DiscreteNoise(insecure_seed=1)
+    coupling = ContinualGame(build, adversary).couple(noise)
+    assert coupling.holds
+    assert coupling.cost == pytest.approx(coupling.declared, rel=1e-6)
+    assert coupling.declared == pytest.approx(RHO.rho)
+
+
+def test_few_ones_lower_the_bounds_of_counters_alone_and_move_the_choice():
+    kinds = {"budget": RHO, "sampler": "float"}
+    for kind in (MaxSum, SumSelect):
+        wide, few = kind(2**20, 2000, **kinds), kind(2**20, 2000, max_ones=1, **kinds)
+        for name, bound in wide.bounds.items():
+            ratio = math.sqrt(2 / 2000) if name in ("tree", "sqrt") else 1
+            assert few.bounds[name] == pytest.approx(bound * ratio, rel=1e-5)
+        assert (wide.mechanism, few.mechanism) == ("recompute", "sqrt")
+        told = kind(2**20, 2000, max_ones=1, mechanism="tree", **kinds)
+        assert told.error_bound(0.05) == pytest.approx(few.bounds["tree"], rel=1e-5, abs=1)
+    assert SumSelect(2**14, 2000, budget=RHO, max_ones=1).mechanism == "tree"
+
+
+def test_more_ones_than_declared_are_refused():
+    m = seeded(MaxSum, 10, 4, "recompute", max_ones=2)
+    m.update([1, 0, 1, 0])
+    before = repr(m.state_dict())
+    rows = [[0, 0, 0, 0], [1, 0, 0, 1], [1, 1, 0, 1]]
+    for given in (rows, torch.tensor(rows).bool()):
+        with pytest.raises(ValueError, match="MaxSum: row 4 must hold at most 2 ones, by max_ones"):
+            m.update_many(given)
+    assert repr(m.state_dict()) == before
+    with pytest.raises(ValueError, match="the saved state has max_ones=2, this object max_ones=4"):
+        seeded(MaxSum, 10, 4, "recompute").load_state_dict(m.state_dict())
+
+
 def test_a_choice_among_neighbours_has_the_range_that_rho_is_made_of():
     plan = recompute_index(1000, 3, RHO, 0.05)
     epsilon = 2 * float(plan.scale)
@@ -585,6 +654,7 @@ def test_forbidden_rows_are_counted_not_shown():
         (MaxSum, {"hold": "x"}, "hold must be one of"),
         (MaxSum, {"interval": 0}, "interval must be >= 1"),
         (MaxSum, {"expected_max": 0}, "expected_max must be >= 1"),
+        (MaxSum, {"max_ones": 0}, "max_ones must be >= 1, got 0"),
         (MaxSum, {"adjacency": "x"}, "adjacency must be one of"),
         (MaxSum, {"budget": Budget(0.0)}, "budget must be > 0"),
         (MaxSum, {"horizon": None, "mechanism": "sparse"}, "horizon must be given for 'sparse'"),

@@ -123,6 +123,10 @@ def test_questions_make_their_mechanisms():
     assert isinstance(leader, MaxSum)
     assert (leader.horizon, leader.num_columns) == (50, 2)
     assert isinstance(Question("select", ("a",), ("x", "y")).mechanism(None, 5, budget), SumSelect)
+    for ask in ("max", "select"):  # one line names one value, and any number of columns
+        values = Question(ask, ("a",), ("x", "y", "z")).mechanism(10, 5, budget)
+        assert values.max_ones == 1
+        assert Question(ask, ("a", "b", "c")).mechanism(10, 5, budget).max_ones == 3
     counter = Question("count", ("a",), ("x", "y", "z")).mechanism(1, 1, budget)
     assert 2 <= counter.design.scale < 2.00001
     assert Question("count", ("a",), ("x", "y")).mechanism(1, 1, Budget.pure(1.0)).design.scale == 2

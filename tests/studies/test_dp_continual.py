@@ -2,6 +2,7 @@
 """What the study simulates is what the library releases; its claim; its paths at toy size."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -114,7 +115,15 @@ def toy(monkeypatch):
 
 
 def test_the_gpu_path_runs_at_toy_size(toy):
-    outcomes = {name: arm(toy) for name, arm in STUDY.arms.items()}
+    outcomes = {}
+    for name, arm in STUDY.arms.items():
+        shares = []
+        outcomes[name] = arm(
+            replace(toy, progress=lambda done, total, to=shares: to.append(done / total))
+        )
+        assert len(shares) > 2, name
+        assert shares == sorted(shares), name
+        assert shares[-1] < 1, name
     for name, found in outcomes.items():
         assert all(math.isfinite(value) for value in found.metrics.values()), name
         assert set(found.metrics) <= {metric.name for metric in STUDY.metrics}

@@ -164,13 +164,14 @@ class Sparse:
     threshold_scale: Fraction
     query_scale: Fraction
 
-    def misses(self, horizon: int, beta: float) -> tuple[float, float]:
+    def misses(self, horizon: int, beta: float) -> tuple[int, int]:
         """Return what noise in comparisons, and on values, stays below: β/2 for each."""
-        compare = float(self.threshold_scale + self.query_scale)
-        compare *= math.log(2 * (horizon + self.firings) / beta)
+        log = math.log(2 * (horizon + self.firings) / beta)
+        # Rounded up to integers, where the tail of a discrete law is below that of the real one.
+        compare = sum(math.ceil(log * s) for s in (self.threshold_scale, self.query_scale))
         log = math.log(2 * self.firings / beta)
-        scale = float(self.scale)
-        return compare, (math.sqrt(2 * log * scale) if self.kind == "gaussian" else log * scale)
+        value = math.sqrt(2 * log * self.scale) if self.kind == "gaussian" else log * self.scale
+        return compare, math.ceil(value)
 
     def sigma(self) -> float:
         """Return the standard deviation of the noise on values."""
@@ -183,7 +184,7 @@ class Sparse:
 
 def counted_miss(design: Design, horizon: int, columns: int, beta: float) -> float:
     """Return what no entry of any release of a counter is off by, with probability 1 - beta."""
-    kind, scale = design.kind, design.scale
+    kind, scale = design.kind, design.largest_scale(horizon)
     terms = design.worst(horizon) / law_variance(kind, scale)
     return tail(kind, float(scale), terms, horizon * columns, beta)
 
@@ -215,7 +216,7 @@ def sparse_max(
         on_threshold, on_query = round_up(2 / one), round_up((2 if monotone else 4) / one)
         found = Sparse(0, m, kind, scale, on_threshold, on_query)
         rise = -(-final // m)
-        return replace(found, threshold=math.ceil(sum(found.misses(horizon, beta))) + rise)
+        return replace(found, threshold=sum(found.misses(horizon, beta)) + rise)
 
     def bound(log: float) -> float:
         return plan(round(math.exp(log))).bound(horizon, beta)

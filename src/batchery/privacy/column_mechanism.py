@@ -16,13 +16,12 @@ from batchery._core.validate import integer, number, one_of, require
 from batchery.privacy.accounting import Budget
 from batchery.privacy.bounds import Recompute, counted_miss
 from batchery.privacy.counters import Adjacency, Counter, TreeCounter
-from batchery.privacy.factorisation import FactorDesign, FactorizationCounter, root_or_buffers
-from batchery.privacy.mechanism import Mechanism, State, calibrate
+from batchery.privacy.factorisation import FactorizationCounter, factor_design, root_or_buffers
+from batchery.privacy.mechanism import Mechanism, State
 from batchery.privacy.noise_rows import Noise, Sampler
 from batchery.privacy.raw_release import Counted, Fired, Held, RawRelease
 from batchery.privacy.running_sum import Design
-from batchery.privacy.toeplitz import squared_sensitivity
-from batchery.privacy.tree import TreeDesign, levels
+from batchery.privacy.tree import tree_design
 
 MechanismName = Literal["auto", "recompute", "tree", "sqrt", "sparse", "constant"]
 
@@ -41,6 +40,7 @@ class ColumnMechanism(Mechanism):
         mechanism: MechanismName,
         beta: float,
         adjacency: Adjacency,
+        max_ones: int | None,
         sampler: Sampler,
         noise: Noise | None,
         device: torch.device | str | None,
@@ -53,6 +53,12 @@ class ColumnMechanism(Mechanism):
         one_of(owner, "adjacency", adjacency, get_args(Adjacency))
         self.beta = number(owner, "beta", beta, above=0, below=1)
         self.adjacency: Adjacency = adjacency
+        if max_ones is not None:
+            integer(owner, "max_ones", max_ones, at_least=1)
+        self.max_ones = min(max_ones or num_columns, num_columns)
+        # A record's ones go, and if it is replaced, as many others come: all entries change by 1.
+        changes = self.max_ones * (2 if adjacency == "replace" else 1)
+        self._changes = min(changes, num_columns)
         real = sampler == "float" and budget.pure_epsilon is None
         rule = "must not be 'sqrt' without sampler='float', or with a pure budget"
         require(real or mechanism != "sqrt", owner, "mechanism", rule, mechanism)
@@ -115,32 +121,28 @@ class ColumnMechanism(Mechanism):
 
     def _plans(self, beta: float) -> list[tuple[Recompute, float]]:
         """Return the plans of recomputing up to now, each with its part of a probability."""
-        raw = self._raw
-        last = raw.epoch() if isinstance(raw, Held) else -1
+        last = self._raw.epoch() if isinstance(self._raw, Held) else -1
         return [(self._recompute(e), beta * self._share(e)) for e in range(last + 1)]
 
     def _counted_miss(self, name: str, horizon: int) -> float:
         """Return what no entry of a counter of all columns is off by, before there is one."""
         d, budget = self.num_columns, self._spendable(gaussian=True)
+        changes = Fraction(self._changes)
         design: Design
         if name == "tree":
-            height = Fraction(levels(horizon))
-            design = TreeDesign(horizon, *calibrate(budget, height * d, height * d))
+            design = tree_design(horizon, budget, changes, changes)
         else:
-            strategy = root_or_buffers(horizon, d * 8)
-            squared = Fraction(squared_sensitivity(strategy.column(horizon)))
-            design = FactorDesign(horizon, strategy, calibrate(budget, squared * d, squared)[1])
+            design = factor_design(horizon, root_or_buffers(horizon, d * 8), budget, changes)
         return counted_miss(design, horizon, d, self.beta)
 
     def _counter(self, name: str) -> Counter:
         pure = self.budget.pure_epsilon is not None
-        sensitivity = self.num_columns if pure else math.sqrt(self.num_columns)
         build = TreeCounter if name == "tree" else FactorizationCounter
         return build(
             self.horizon,
             self.num_columns,
             budget=self.budget,
-            row_sensitivity=sensitivity,
+            row_sensitivity=self._changes if pure else math.sqrt(self._changes),
             sampler=self.sampler,
             noise=self.noise,
             device=self.device,
@@ -158,6 +160,13 @@ class ColumnMechanism(Mechanism):
                     f"{int(forbidden[first])} of its {self.num_columns} entries do not"
                 )
             tensor = tensor.to(torch.int64)
+        if self.max_ones < self.num_columns:
+            crowded = (tensor.sum(1) > self.max_ones).nonzero()
+            if len(crowded):
+                raise ValueError(
+                    f"{self._owner}: row {self.t + int(crowded[0]) + 1} must hold at most "
+                    f"{self.max_ones} ones, by max_ones"
+                )
         return tensor
 
     def _step(self, row: Tensor) -> int:
@@ -166,9 +175,8 @@ class ColumnMechanism(Mechanism):
     def _steps(self, rows: Tensor) -> Tensor:
         return torch.tensor(self._finish(self._raw.answers(rows)), dtype=torch.int64)
 
-    def last(self) -> int | None:
-        """Return the last release again, at no cost; None before the first."""
-        return self._previous if self.t else None
+    def _last(self) -> int:
+        return self._previous
 
     def fraction(self) -> float:
         """Return the part of the budget that the releases so far have spent."""
@@ -211,4 +219,5 @@ class ColumnMechanism(Mechanism):
             "mechanism": self.mechanism,
             "beta": self.beta,
             "adjacency": self.adjacency,
+            "max_ones": self.max_ones,
         }

@@ -29,7 +29,6 @@ and the stack holds noise, so that a step is one addition to each.
 
 import math
 from abc import abstractmethod
-from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -40,8 +39,8 @@ from batchery.privacy.accounting import Budget
 from batchery.privacy.bounds import counted_miss
 from batchery.privacy.mechanism import Mechanism, State, calibrate, exact
 from batchery.privacy.noise_rows import Noise, Sampler
-from batchery.privacy.running_sum import Design, DoublingDesign, Place
-from batchery.privacy.tree import Estimator, TreeDesign, levels
+from batchery.privacy.running_sum import Design, DoublingDesign, Place, epoch_of
+from batchery.privacy.tree import Estimator, tree_design
 
 Clip = Literal["l2", "linf"]
 Adjacency = Literal["replace", "add_remove"]
@@ -95,6 +94,7 @@ class Counter(Mechanism):
             require(limit >= 1, self._owner, "row_sensitivity", rule, row_sensitivity)
             limit = math.floor(limit)
         self._limit = limit
+        self._epochs: dict[int, Design] = {}  # not lru_cache, which cannot be pickled
         self.design: Design
 
     def _begin(self) -> None:
@@ -103,17 +103,27 @@ class Counter(Mechanism):
             self.design = self._design(self.horizon, self._cost)
         else:
             half, step = self._cost.share(0.5), exact(self.row_sensitivity)
-            make = lru_cache(maxsize=None)(lambda horizon: self._design(horizon, half))
-            self.design = DoublingDesign(make, *calibrate(half, step * step, step))
+            self.design = DoublingDesign(self._epoch, *calibrate(half, step * step, step))
         place = Place(self.noise, self.shape, self.device, self.dtype)
         self._sum = self.design.begin(place)
+
+    def _epoch(self, rows: int) -> Design:
+        if rows not in self._epochs:
+            self._epochs[rows] = self._design(rows, self._cost.share(0.5))
+        return self._epochs[rows]
 
     @abstractmethod
     def _design(self, horizon: int, budget: Budget) -> Design:
         """Return the design of a running sum of so many rows."""
 
+    def _require_room(self, n: int) -> None:
+        super()._require_room(n)
+        if self.horizon is None:
+            self._epoch(1 << epoch_of(self.t + n))  # refuses an epoch that does not fit in memory
+
     def _checked(self, rows: Any, *, many: bool) -> Tensor:
-        tensor = self._as_rows(rows, self.shape, many=many)
+        # As what they are added to: nothing that a sum may stumble over is left for the step.
+        tensor = self._as_rows(rows, self.shape, many=many).to(self.dtype)
         # One pass over the rows, since the sum is finite only if they are, or nearly always then.
         if tensor.is_floating_point() and not math.isfinite(tensor.sum()):
             unfit = int((~tensor.isfinite()).sum())
@@ -123,7 +133,6 @@ class Counter(Mechanism):
                 )
         if self.clip is None:
             return tensor
-        tensor = tensor.to(self.dtype)
         if self.clip == "linf":
             return tensor.clamp(-self._limit, self._limit)
         norm = tensor.flatten(int(many)).norm(dim=-1) if self.shape else tensor.abs()
@@ -136,9 +145,8 @@ class Counter(Mechanism):
     def _steps(self, rows: Tensor) -> Tensor:
         return self._sum.steps(rows)
 
-    def last(self) -> Tensor | None:
-        """Return the last release again, at no cost; None before the first."""
-        return self._sum.last() if self.t else None
+    def _last(self) -> Tensor:
+        return self._sum.last()
 
     def fraction(self) -> float:
         """Return the part of the budget that the releases so far have spent."""
@@ -260,9 +268,8 @@ class TreeCounter(Counter):
         self._begin()
 
     def _design(self, horizon: int, budget: Budget) -> Design:
-        height, step = levels(horizon), exact(self.row_sensitivity)
-        law = calibrate(budget, height * step * step, height * step)
-        return TreeDesign(horizon, *law, self.estimator)
+        step = exact(self.row_sensitivity)
+        return tree_design(horizon, budget, step * step, step, self.estimator)
 
     def _settings(self) -> State:
         return super()._settings() | {"estimator": self.estimator}

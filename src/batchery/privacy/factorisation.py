@@ -99,6 +99,10 @@ class FactorDesign:
         """What it is: `"sqrt"`, `"banded"` or `"blt"`."""
         return self.strategy.name
 
+    def largest_scale(self, t: int) -> Fraction:
+        """Return the scale, which is one for all."""
+        return self.scale
+
     def variance(self, t: int) -> float:
         """Return the variance of one entry of release `t`."""
         return float(self.scale) * float(_squares(self.strategy, self.horizon)[t - 1])
@@ -120,6 +124,21 @@ class FactorDesign:
     def begin(self, place: Place) -> RunningSum:
         """Return a running sum of no rows."""
         return NoisySum(self.strategy.noise(self.horizon, self.scale, place), place)
+
+
+def factor_design(
+    horizon: int,
+    strategy: Strategy,
+    budget: Budget,
+    squared_l2: Fraction,
+    participations: int = 1,
+    separation: int = 1,
+) -> FactorDesign:
+    """Return a strategy within a budget that is not pure, for rows that change by so much."""
+    column = strategy.column(horizon)
+    squared = squared_l2 * exact(squared_sensitivity(column, participations, separation))
+    _, scale = calibrate(budget, squared, squared)
+    return FactorDesign(horizon, strategy, scale, participations, separation)
 
 
 class FactorizationCounter(Counter):
@@ -198,6 +217,7 @@ class FactorizationCounter(Counter):
             if value is not None:
                 integer(owner, name, value, at_least=1)
         integer(owner, "buffers", buffers, at_least=1)
+        integer(owner, "memory_budget", memory_budget, at_least=0)
         integer(owner, "max_participations", max_participations, at_least=1)
         if max_participations > 1:
             rule = "must be given with max_participations > 1"
@@ -226,12 +246,9 @@ class FactorizationCounter(Counter):
         return found
 
     def _design(self, horizon: int, budget: Budget) -> Design:
-        strategy = self._strategy(horizon)
-        use = (self.max_participations, self.min_separation or 1)
-        squared = exact(squared_sensitivity(strategy.column(horizon), *use))
         step = exact(self.row_sensitivity)
-        _, scale = calibrate(budget, squared * step * step, step)
-        return FactorDesign(horizon, strategy, scale, *use)
+        use = (self.max_participations, self.min_separation or 1)
+        return factor_design(horizon, self._strategy(horizon), budget, step * step, *use)
 
     def _settings(self) -> State:
         return super()._settings() | {

@@ -11,7 +11,8 @@ Rows x_t ∈ {0,1}^d, S_t their sums; M_t = max_j S_t[j] moves by at most 1 with
     "recompute"  at t = 1, 1+r, 1+2r, …: M_t + noise, or a choice P(j) ∝ exp(η S_t[j]); then held.
                  σ² = k/(2ρ) for k = ⌈T/r⌉ releases: every one sees all old records. r* ~ T^(1/3).
                  M_t rises by at most 1 a step: held at + (r-1)/2, it is off by half as much.
-    "tree"       a counter of all columns, Δ = √d, and its maximum or argmax
+    "tree"       a counter of all columns, and its maximum or argmax; Δ = √d, or with at most k ones
+                 in a row √(2k), and √k where a record is replaced by zeros
     "sqrt"       the same by matrix factorisation, in real noise
     "sparse"     released when a noisy comparison finds M_t a threshold above the last release
     "constant"   t/2, or index 0
@@ -61,6 +62,8 @@ class MaxSum(ColumnMechanism):
         mechanism: see the module; `"auto"` takes the least bound.
         beta: β, the probability that bounds may fail with, for the choice.
         adjacency: a record is replaced by another, or by a row of zeros.
+        max_ones: most ones in a row, checked; 1 where a record names one category. Less noise for
+            the counters.
         consistent: make releases rise by 0 or 1 a step.
         hold: what `"recompute"` shows between releases.
         interval: r of `"recompute"`, instead of the best; from no data.
@@ -91,6 +94,7 @@ class MaxSum(ColumnMechanism):
         mechanism: MechanismName = "auto",
         beta: float = 0.05,
         adjacency: Adjacency = "replace",
+        max_ones: int | None = None,
         consistent: bool = True,
         hold: Hold = "midpoint",
         interval: int | None = None,
@@ -107,6 +111,7 @@ class MaxSum(ColumnMechanism):
             mechanism=mechanism,
             beta=beta,
             adjacency=adjacency,
+            max_ones=max_ones,
             sampler=sampler,
             noise=noise,
             device=device,
@@ -210,6 +215,8 @@ class SumSelect(ColumnMechanism):
         beta: β, the probability that bounds may fail with, for the choice.
         adjacency: a record is replaced by another, or by a row of zeros, which halves the noise of
             `"recompute"`.
+        max_ones: most ones in a row, checked; 1 where a record names one category. Less noise for
+            the counters.
         interval: r of `"recompute"`, instead of the best; from no data.
         margin: with a counter: keep the last index until another is ahead by more than this.
         sampler: `"discrete"`: exact. `"float"`: no formal guarantee.
@@ -237,6 +244,7 @@ class SumSelect(ColumnMechanism):
         mechanism: MechanismName = "auto",
         beta: float = 0.05,
         adjacency: Adjacency = "replace",
+        max_ones: int | None = None,
         interval: int | None = None,
         margin: float = 0,
         sampler: Sampler = "discrete",
@@ -251,6 +259,7 @@ class SumSelect(ColumnMechanism):
             mechanism=mechanism,
             beta=beta,
             adjacency=adjacency,
+            max_ones=max_ones,
             sampler=sampler,
             noise=noise,
             device=device,

@@ -11,6 +11,11 @@ After a crash the last state written is loaded. What it had released and nobody 
 `last()`; what had been published is never drawn again, because it was written before. A state that
 is older than what was published would draw again, and is refused (`resume`).
 
+What can be refused is refused before the first step. If anything raises after that, `commit` above
+all, the mechanism goes back to the state before; without `commit` there is no such copy, and it
+shows and releases nothing more until a state is loaded: a sum that has moved on without its noise
+would give a row away.
+
 The state holds the exact sums: it is as sensitive as the data. Messages never show values of rows.
 
 A gaussian law has σ² = Δ₂² / (2ρ), a Laplace law b = Δ₁ / ε, both rounded up to few digits.
@@ -147,6 +152,7 @@ class Mechanism(ABC):
         self._cost = self._spendable(gaussian=True)
         self.t = 0
         self.redraws = 0
+        self._torn = False  # a step was begun and not ended
 
     def _spendable(self, *, gaussian: bool) -> Budget:
         """Return what releases may spend, when all of them are (or are not) Gaussian noise."""
@@ -163,18 +169,18 @@ class Mechanism(ABC):
 
         Args:
             row: of the shape the mechanism was made for.
-            commit: is given the new state, and must write it, before the release is returned.
+            commit: is given the new state, and must write it, before the release is returned. If it
+                raises, the row is not added.
 
         Raises:
             HorizonExceeded: there is no release left; nothing has changed.
-            ValueError: the row has another shape or forbidden entries; nothing has changed.
+            TypeError, ValueError: the row has another shape, or entries of a kind or value that is
+                forbidden; nothing has changed.
+            RuntimeError: an update before was broken off in its middle, and no state loaded since.
         """
+        checked = self._checked(row, many=False)
         self._require_room(1)
-        release = self._step(self._checked(row, many=False))
-        self.t += 1
-        if commit is not None:
-            commit(self.state_dict())
-        return release
+        return self._advance(1, lambda: self._step(checked), commit)
 
     def update_many(self, rows: Any, *, commit: Commit | None = None) -> Tensor:
         """Add rows one by one and return all releases, [n, …], as n calls of `update` would.
@@ -184,15 +190,35 @@ class Mechanism(ABC):
             commit: is given the state after the last row, before the releases are returned.
 
         Raises:
-            HorizonExceeded, ValueError: as `update`; none of the rows has been added.
+            HorizonExceeded, RuntimeError, TypeError, ValueError: as `update`; no row is added.
         """
         checked = self._checked(rows, many=True)
         self._require_room(len(checked))
-        releases = self._steps(checked)
-        self.t += len(checked)
-        if commit is not None:
-            commit(self.state_dict())
+        releases: Tensor = self._advance(len(checked), lambda: self._steps(checked), commit)
         return releases
+
+    def _advance(self, n: int, step: Callable[[], Any], commit: Commit | None) -> Any:
+        """Take `n` steps and write the state; or go back, or stop for good."""
+        self._require_whole()
+        before = None if commit is None else self.state_dict()
+        self._torn = True
+        try:
+            released = step()
+            self.t += n
+            self._torn = False
+            if commit is not None:
+                commit(self.state_dict())
+        except BaseException:
+            if before is not None:
+                self.load_state_dict(before)
+            raise
+        return released
+
+    def _require_whole(self) -> None:
+        if self._torn:
+            raise RuntimeError(
+                f"{self._owner}: was broken off in the middle of a step; load a state"
+            )
 
     def _require_room(self, n: int) -> None:
         if self.horizon is not None and self.t + n > self.horizon:
@@ -207,13 +233,12 @@ class Mechanism(ABC):
         fits = found[1:] == shape and found[:1] > (0,) if many else found == shape
         wanted = f"must have shape {['n >= 1', *shape] if many else [*shape]}"
         require(fits, self._owner, "rows" if many else "row", wanted, [*found])
-        real = tensor.is_floating_point() or tensor.is_complex()
-        if self.sampler == "discrete" and real:
-            raise TypeError(
-                f"{self._owner}: row must hold integers with sampler='discrete', "
-                f"got {str(tensor.dtype).removeprefix('torch.')}"
-            )
-        return tensor
+        discrete = self.sampler == "discrete"
+        if tensor.is_complex() or (discrete and tensor.is_floating_point()):
+            wanted = "integers with sampler='discrete'" if discrete else "real numbers"
+            found_kind = str(tensor.dtype).removeprefix("torch.")
+            raise TypeError(f"{self._owner}: row must hold {wanted}, got {found_kind}")
+        return tensor.detach()
 
     @property
     def cost(self) -> Budget:
@@ -225,9 +250,10 @@ class Mechanism(ABC):
         """What the releases so far have cost; more than the budget after redrawing them."""
         return self._cost.share(self.fraction() * (1 + self.redraws))
 
-    @abstractmethod
     def last(self) -> Any:
         """Return the last release again, at no cost; None before the first."""
+        self._require_whole()
+        return self._last() if self.t else None
 
     @abstractmethod
     def error_bound(self, beta: float) -> float:
@@ -241,6 +267,9 @@ class Mechanism(ABC):
 
     @abstractmethod
     def _steps(self, rows: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _last(self) -> Any: ...
 
     @abstractmethod
     def fraction(self) -> float:
@@ -266,6 +295,7 @@ class Mechanism(ABC):
 
     def state_dict(self) -> State:
         """Return the whole state: tensors and plain values. It is as sensitive as the data."""
+        self._require_whole()
         position = self.noise.state() if isinstance(self.noise, _OWN) else None
         return {
             "settings": self._all_settings(),
@@ -284,10 +314,12 @@ class Mechanism(ABC):
         for name in ("settings", "t", "redraws", "inner", "noise"):
             require(name in state_dict, self._owner, "state_dict", f"must hold {name!r}", "none")
         check_fits(self._owner, state_dict["settings"], self._all_settings())
+        self._torn = True
         self._load_inner(state_dict["inner"])
         if isinstance(self.noise, _OWN):  # last, for rows of noise move it when they are loaded
             self.noise.load(state_dict["noise"])
         self.t, self.redraws = int(state_dict["t"]), int(state_dict["redraws"])
+        self._torn = False
 
     def resume(self, state: Mapping[str, Any], *, published: int, strict: bool = True) -> None:
         """Load a state after a crash, knowing how many releases the world has seen.

@@ -132,8 +132,8 @@ class NoiseRows:
         pieces = []
         while n:
             if self._block is None or self._used == self._rows:
-                self._start = self._noise_state()
-                self._block, self._used = self._draw(self._rows), 0
+                start = self._noise_state()
+                self._block, self._used, self._start = self._draw(self._rows), 0, start
             piece = self._block[self._used : self._used + n]
             self._used += len(piece)
             n -= len(piece)

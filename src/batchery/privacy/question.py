@@ -6,7 +6,7 @@ record that does not fit is named by its column, never by its content.
 
     "count"   records; or in each column of 0 and 1; or with each of the declared values
     "sum"     of each column, whole numbers in a declared range
-    "max"     the largest count
+    "max"     the largest count; rows of one 1 with values, of any with columns
     "select"  the column, or the value, whose count is largest
 
 One record changes a row by Δ: 1 for a count of records, √2 for one of several values (L1: 2), and
@@ -156,7 +156,8 @@ class Question:
         if self.steps_each_record:
             build = MaxSum if self.ask == "max" else SumSelect
             records = None if horizon is None else horizon * every
-            return build(records, self.width, budget=budget, noise=noise)
+            ones = 1 if self.values else None  # a record has one value, or none
+            return build(records, self.width, budget=budget, max_ones=ones, noise=noise)
         sensitivity = self.sensitivity(pure=budget.pure_epsilon is not None)
         return TreeCounter(
             horizon, self.width, budget=budget, row_sensitivity=sensitivity, noise=noise

@@ -78,9 +78,8 @@ class Design(Protocol):
     def kind(self) -> NoiseKind:
         """Law of the noise."""
 
-    @property
-    def scale(self) -> Fraction:
-        """Its σ² or b; the largest, where there are several."""
+    def largest_scale(self, t: int) -> Fraction:
+        """Return the largest σ² or b of any noise in the releases up to `t`."""
 
     def variance(self, t: int) -> float:
         """Return the variance of one entry of release `t`; of a discrete law an upper bound."""
@@ -146,7 +145,7 @@ class NoisySum:
         noise = self.noise.steps(len(rows))
         sums = torch.empty(rows.shape, dtype=self.total.dtype, device=self.total.device)
         if sums.dtype == torch.int64:
-            torch.cumsum(rows, 0, dtype=torch.int64, out=sums)
+            torch.cumsum(rows, 0, out=sums)
             sums += self.total
         else:  # in the order of single steps: sums of floats depend on it
             before = self.total
@@ -188,10 +187,9 @@ class DoublingDesign:
         """What the epochs are."""
         return self.make(1).name
 
-    @property
-    def scale(self) -> Fraction:
-        """The larger scale, that of the first epoch's rows or of the totals."""
-        return max(self.total_scale, self.make(1).scale)
+    def largest_scale(self, t: int) -> Fraction:
+        """Return the largest scale up to `t`: that of the last epoch, or of the totals."""
+        return max(self.total_scale, self.make(1 << epoch_of(t)).largest_scale(t))
 
     def variance(self, t: int) -> float:
         """Return the variance of one entry of release `t`."""

@@ -167,6 +167,7 @@ class Buffered:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def fit_buffers(horizon: int, buffers: int) -> Buffered:
     """Return the buffers that make the worst variance of a release least.
 
@@ -185,8 +186,7 @@ def fit_buffers(horizon: int, buffers: int) -> Buffered:
     s = torch.exp(-step * (torch.arange(count, dtype=torch.float64) + 0.5))
     weights = s.sqrt() * step / math.pi
     weights *= min(1.0, 0.5 / float(weights.sum()))
-    rates = -torch.log(s.clamp(max=0.9))
-    place = torch.stack([torch.log(torch.expm1(rates)), torch.log(weights)]).requires_grad_()
+    place = torch.stack([-torch.logit(s.clamp(max=0.9)), torch.log(weights)]).requires_grad_()
     optimizer = torch.optim.LBFGS(
         [place],
         max_iter=100,
@@ -207,7 +207,7 @@ def fit_buffers(horizon: int, buffers: int) -> Buffered:
 
 
 def _unpack(place: Tensor) -> tuple[Tensor, Tensor]:
-    return -torch.expm1(-torch.nn.functional.softplus(place[0])), torch.exp(place[1])
+    return torch.sigmoid(place[0]), torch.exp(place[1])
 
 
 def _log_worst_variance(decays: Tensor, weights: Tensor, horizon: int) -> Tensor:

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from batchery.privacy.accounting import Budget
+from batchery.privacy.mechanism import calibrate
 from batchery.privacy.noise import NoiseKind
 from batchery.privacy.running_sum import NoisySum, Place, RunningSum, law_variance
 
@@ -75,6 +77,10 @@ class TreeDesign:
         """What it is: `"tree"` or `"honaker"`."""
         return "tree" if self.estimator == "prefix" else "honaker"
 
+    def largest_scale(self, t: int) -> Fraction:
+        """Return the scale, which is one for all."""
+        return self.scale
+
     def variance(self, t: int) -> float:
         """Return the variance of one entry of release `t`."""
         return tree_variance(t, self.estimator) * law_variance(self.kind, self.scale)
@@ -96,6 +102,18 @@ class TreeDesign:
         if self.estimator == "honaker":
             return HonakerSum(self, place)
         return NoisySum(TreeNoise(self, place), place)
+
+
+def tree_design(
+    horizon: int,
+    budget: Budget,
+    squared_l2: Fraction,
+    l1: Fraction,
+    estimator: Estimator = "prefix",
+) -> TreeDesign:
+    """Return a tree within a budget, for rows that one record changes by so much."""
+    height = levels(horizon)
+    return TreeDesign(horizon, *calibrate(budget, height * squared_l2, height * l1), estimator)
 
 
 class TreeNoise:
@@ -187,7 +205,7 @@ class HonakerSum:
         self.t += 1
         level = lowest(self.t)
         noise = self.rows.take(level + 1)
-        node = row.to(self.sums.dtype)
+        node = row
         estimate = (node + noise[0]).to(self.estimates.dtype)
         for j in range(level):
             node = node + self.sums[j]

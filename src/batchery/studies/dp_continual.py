@@ -8,6 +8,9 @@ of requests to a language model.
 
 On the hard stream, recomputing needs the true maxima, which are known in closed form, and exact
 noise; that this is what `MaxSum` releases, to the bit, is tested. All else runs the mechanisms.
+
+Exact noise is drawn on the CPU, by one thread, at every scale: most of the time goes there. A GPU
+makes the noise of square roots and adds up the rows.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import re
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +35,6 @@ from batchery.privacy import (
     Audit,
     Budget,
     DiscreteNoise,
-    FactorizationCounter,
     FloatNoise,
     HardStream,
     MaxSum,
@@ -41,10 +43,11 @@ from batchery.privacy import (
     hard_shape,
     hard_stream,
 )
-from batchery.privacy.bounds import Recompute, recompute_max
+from batchery.privacy.bounds import Recompute, counted_miss, recompute_max
 from batchery.privacy.column_mechanism import ColumnMechanism
+from batchery.privacy.factorisation import factor_design
 from batchery.privacy.noise_rows import Noise
-from batchery.privacy.toeplitz import sqrt_coefficients
+from batchery.privacy.toeplitz import SquareRoot, sqrt_coefficients
 from batchery.studies.study import Comparison, Metric, Outcome, Scale, Study, Trial
 
 if TYPE_CHECKING:
@@ -96,7 +99,7 @@ def recomputed(maxima: Tensor, plan: Recompute, noise: Noise, *, midpoint: bool)
 def root_noise(horizon: int, scale: Fraction, generator: torch.Generator) -> Tensor:
     """Return the noise of all releases of a square-root counter of one column, [T], by one FFT."""
     z = FloatNoise(generator).sample("gaussian", scale, (horizon,))
-    column = torch.from_numpy(sqrt_coefficients(horizon))
+    column = torch.from_numpy(sqrt_coefficients(horizon)).to(z.device)
     product = torch.fft.rfft(z, 2 * horizon) * torch.fft.rfft(column, 2 * horizon)
     noise: Tensor = torch.fft.irfft(product, 2 * horizon)[:horizon]
     return noise
@@ -158,9 +161,10 @@ def _count(name: str) -> Callable[[Trial], Outcome]:
         def run(exponent: int) -> tuple[float, float]:
             horizon, keys = 1 << exponent, (trial.seed, name, exponent)
             if name == "sqrt":
-                counter = FactorizationCounter(horizon, budget=RHO, strategy="sqrt")
-                noise = root_noise(horizon, counter.design.scale, new_generator(*keys))
-                return float(noise.abs().max()), counter.error_bound(BETA)
+                design = factor_design(horizon, SquareRoot(), RHO, Fraction(1))
+                generator = new_generator(*keys, device=trial.device)
+                noise = root_noise(horizon, design.scale, generator)
+                return float(noise.abs().max()), counted_miss(design, horizon, 1, BETA)
             bits = torch.randint(0, 2, (horizon,), generator=new_generator(*keys))
             tree = TreeCounter(horizon, budget=RHO, noise=exact_noise(*keys))
             off = tree.update_many(bits) - bits.cumsum(0)
@@ -180,16 +184,25 @@ def _plan(name: str, horizon: int) -> Recompute:
     return plan
 
 
-def _audited(plan: Recompute, runs: int, noise: DiscreteNoise) -> float:
+def _phase(trial: Trial, phase: int) -> Trial:
+    """Return a trial whose progress is that of one of three parts."""
+
+    def progress(done: int, total: int) -> None:
+        trial.progress(phase * total + done, 3 * total)
+
+    return replace(trial, progress=progress)
+
+
+def _audited(plan: Recompute, runs: int, noise: DiscreteNoise, trial: Trial) -> float:
     """Return what μ is at least, from runs with a first record that moves all releases by 1."""
-    sides = []
     part = max(1, (1 << 22) // plan.releases)
-    for b in (0, 1):
-        counts = [min(part, runs - at) for at in range(0, runs, part)]
-        sums = [
-            noise.sample("gaussian", plan.scale, (count, plan.releases)).sum(1) for count in counts
-        ]
-        sides.append(np.concatenate(sums) + b * plan.releases)
+    sides = np.empty((2, runs))
+    for b, side in enumerate(sides):
+        for at in range(0, runs, part):
+            trial.progress(b * runs + at, 2 * runs)
+            count = min(part, runs - at)
+            drawn = noise.sample("gaussian", plan.scale, (count, plan.releases))
+            side[at : at + count] = drawn.sum(1) + b * plan.releases
     return Audit(*sides).mu
 
 
@@ -208,14 +221,15 @@ def _recompute(name: str) -> Callable[[Trial], Outcome]:
             shown = float(off) / stream.n
             return float((releases - maxima).abs().max()), plan.bound(BETA)
 
-        metrics, series = _curve(trial, run)
+        metrics, series = _curve(_phase(trial, 0), run)
         metrics["readout"] = shown  # of the longest stream
         if name in ("recompute", "cheat"):
             plan = _plan(name, 1 << size.exponents[0])
             runs = size.audits if name == "recompute" else size.audits // 10
-            metrics["mu"] = _audited(plan, runs, exact_noise(trial.seed, name, "audit"))
+            noise = exact_noise(trial.seed, name, "audit")
+            metrics["mu"] = _audited(plan, runs, noise, _phase(trial, 1))
         if name in ("recompute", "midpoint"):
-            real, more = _real(trial, name)
+            real, more = _real(_phase(trial, 2), name)
             return Outcome(metrics | real, series | more)
         return Outcome(metrics, series)
 
@@ -322,19 +336,23 @@ def _wide(arm: str, trial: Trial) -> float:
 def _real(trial: Trial, arm: str) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Return how far off an arm is on real streams, and on the hard one at a moderate horizon."""
     size = SIZES[trial.scale]
-    where = (trial.seed, trial.device)
-    curve = [_answer(MaxSum, arm, "keywords", length, *where) for length in size.lines]
-    metrics = {
-        "error_wide": _wide(arm, trial),
-        "error_code": curve[-1][0],
-        "error_rare": _answer(MaxSum, arm, "rare", size.lines[-1], *where)[0],
-    }
+    most = size.lines[-1]
+    asked: dict[str, tuple[Build, str, int]] = {"error_rare": (MaxSum, "rare", most)}
     if size.trace:
-        metrics["error_requests"] = _answer(MaxSum, arm, "requests", 0, *where)[0]
+        asked["error_requests"] = (MaxSum, "requests", 0)
     if arm not in ("sparse", "midpoint"):  # which do not choose an index
-        metrics["behind_code"] = _answer(SumSelect, arm, "keywords", size.lines[-1], *where)[0]
+        asked["behind_code"] = (SumSelect, "keywords", most)
         if size.trace:
-            metrics["behind_requests"] = _answer(SumSelect, arm, "requests", 0, *where)[0]
+            asked["behind_requests"] = (SumSelect, "requests", 0)
+    every = [(MaxSum, "keywords", length) for length in size.lines] + [*asked.values()]
+    found = []
+    for done, (build, name, length) in enumerate(every):
+        trial.progress(done, len(every) + 1)
+        found.append(_answer(build, arm, name, length, trial.seed, trial.device))
+    trial.progress(len(every), len(every) + 1)
+    curve, rest = found[: len(size.lines)], found[len(size.lines) :]
+    metrics = {name: error for name, (error, _) in zip(asked, rest, strict=True)}
+    metrics |= {"error_wide": _wide(arm, trial), "error_code": curve[-1][0]}
     series = {
         "lines": [float(length) for length in size.lines],
         "error_code": [error for error, _ in curve],
