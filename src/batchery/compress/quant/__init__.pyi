@@ -22,6 +22,10 @@ from .partition import slice_outputs as slice_outputs
 from .replace import fuse_mlps as fuse_mlps
 from .replace import replace_linears as replace_linears
 from .rtn import quantize_rtn as quantize_rtn
+from .sparse import keep_two_of_four as keep_two_of_four
+from .sparse import prune_quantize_24 as prune_quantize_24
+from .sparse import quantize_rtn_24 as quantize_rtn_24
+from .sparse_linear import compress_24 as compress_24
 from .transformers_plugin import disable_transformers as disable_transformers
 from .transformers_plugin import enable_transformers as enable_transformers
 from .weight import QuantizedWeight as QuantizedWeight

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from batchery._core.state import atomic_write
 from batchery._core.validate import import_extra, one_of, require
+from batchery.compress.quant.experts import layers_in_model, name_in_files, name_in_model
 from batchery.compress.quant.folder import CONFIG, INDEX, WHOLE, SafetensorsFolder
 from batchery.compress.quant.linear import QuantLinear
 from batchery.compress.quant.scheme import FORMATS, NAMES, Format, Scheme, layers_of
@@ -41,8 +42,9 @@ def load_quantized(
     Args:
         model_or_path: a folder with safetensors and config.json. Or a model with layers of
             another tool that hold its tensors (`qweight` and so on): they are replaced in place.
-        into: module that gets the weights, its `nn.Linear` replaced where they are quantised; its
-            names are those of the files. Without it the folder is a transformers causal language
+        into: module that gets the weights, its `nn.Linear` replaced where they are quantised, and
+            transformers' stacked experts by modules; its names are those of the files, or what
+            transformers makes of those. Without it the folder is a transformers causal language
             model, which is built.
         format: what the tensors are, where the config does not say or is wrong.
         device: where quantised layers go; by default where the replaced ones are.
@@ -76,19 +78,20 @@ def load_quantized(
         return from_pretrained(folder.path, folder.config(), format=format, device=device)
     scheme = Scheme.parse(folder.config(), form=format)
     layers = layers_of(folder.files, scheme.family)
+    places = layers_in_model(into, layers)
     read = {}
-    for name, names in layers.items():
-        linear = linear_named(into, name, folder.where(names))
+    for stored, names in layers.items():
+        linear = linear_named(into, places[stored], folder.where(names))
         tensors = {own: folder.tensor(full) for own, full in names.items()}
-        if f"{name}.bias" in folder.files:
-            tensors["bias"] = folder.tensor(f"{name}.bias")
-        read[name] = read_layer(scheme, tensors, linear, folder.where(names), device)
+        if f"{stored}.bias" in folder.files:
+            tensors["bias"] = folder.tensor(f"{stored}.bias")
+        read[places[stored]] = read_layer(scheme, tensors, linear, folder.where(names), device)
     for name, layer in read.items():
         replace_module(into, name, layer)
     taken = {full for names in layers.values() for full in names.values()}
-    taken |= {f"{name}.bias" for name in layers}
+    taken |= {f"{stored}.bias" for stored in layers}
     rest = {name: folder.tensor(name) for name in folder.files if name not in taken}
-    _load_rest(into, rest, set(layers), folder)
+    _load_rest(into, rest, set(read), folder)
     return into
 
 
@@ -103,7 +106,8 @@ def save_quantized(
 
     Every file is written whole or not at all, config.json last; without it nothing is read.
     Scales go to float16 in all formats but compressed-tensors. A transformers model's folder has
-    its config and can be loaded by name; any other model's has the quantisation's alone.
+    its config and can be loaded by name; any other model's has the quantisation's alone. Experts
+    are named one by one, as in the files that transformers makes stacks of.
 
     Args:
         model: has at least one `QuantLinear`.
@@ -121,7 +125,9 @@ def save_quantized(
     path = Path(path)
     safetensors = import_extra("safetensors.torch", "hf", "save_quantized")
     scheme = _scheme_of(dict(quant_layers(model)), format)
-    shards = list(_shards(quantized_state_dict(model, scheme), shard_bytes))
+    renamed = name_in_files(model)
+    state = {renamed(name): tensor for name, tensor in quantized_state_dict(model, scheme).items()}
+    shards = list(_shards(state, shard_bytes))
     files: dict[str, str] = {}
     # Weights under another config would be read wrongly: a folder left half-written has none.
     (path / CONFIG).unlink(missing_ok=True)
@@ -140,7 +146,7 @@ def save_quantized(
         atomic_write(path / INDEX, _json(index))
     else:
         (path / INDEX).unlink(missing_ok=True)
-    kept = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    kept = [renamed(name) for name, module in model.named_modules() if _is_linear(module)]
     quantised = [name.rpartition(".")[2] for name, _ in quant_layers(model)]
     _write_configs(model, path, scheme.config(kept, lm_head="lm_head" in quantised))
     return path
@@ -201,6 +207,11 @@ def _scheme_of(layers: Mapping[str, QuantLinear], name: Format) -> Scheme:
         symmetric=all(layer.zeros is None for layer in layers.values()),
         act_order=any(layer.g_idx is not None for layer in layers.values()),
     )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Say whether other tools take a module for a linear layer, as they do routers."""
+    return isinstance(module, nn.Linear) or type(module).__name__.endswith("Router")
 
 
 def _one_group(layer: QuantLinear) -> bool:
@@ -287,6 +298,8 @@ def _load_rest(
 ) -> None:
     """Load what is not quantised; only tied tensors may be missing."""
     named = _state_without(model, layers, keep_vars=True)
+    renamed = name_in_model(model)
+    rest = {name if name in named else renamed(name): tensor for name, tensor in rest.items()}
     tied: dict[int, list[str]] = {}
     for name, tensor in named.items():
         tied.setdefault(id(tensor), []).append(name)

@@ -37,7 +37,7 @@ class LayerReport:
         name: of its module.
         tokens: that its Hessian is made of.
         error: squared error of its outputs over their squared size, on the calibration data.
-        rtn_error: the same of rounding to nearest.
+        rtn_error: the same of rounding to nearest, of the two largest of every four if 2:4.
         seconds: its share of the time.
     """
 

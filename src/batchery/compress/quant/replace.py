@@ -15,10 +15,12 @@ An MLP as in Llama, Mistral and Qwen, with projections gate, up and down, become
 
 An act-order of down goes into the rows of gate and up: h comes in the order that down wants. What
 is such an MLP is not told by its class: it has these three children, and gives what the fused one
-gives. q, k and v stay three products, since attention's own code calls them one by one.
+gives. Each expert of a mixture is one. q, k and v stay three products, since attention's own code
+calls them one by one.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,13 +28,26 @@ from torch import Tensor, nn
 
 from batchery._core.validate import require
 from batchery.compress.quant.checkpoint import replace_module
+from batchery.compress.quant.experts import (
+    PROJECTIONS,
+    STACKS,
+    QuantExpert,
+    expert_names,
+    is_stacked,
+    unstacked,
+)
 from batchery.compress.quant.linear import QuantLinear
 from batchery.compress.quant.partition import fold_act_order, join_outputs
 from batchery.compress.quant.weight import QuantizedWeight
 
-__all__ = ["QuantGatedMLP", "fuse_mlps", "replace_linears"]
+__all__ = [
+    "QuantGatedMLP",
+    "fuse_mlps",
+    "module_places",
+    "replace_everywhere",
+    "replace_linears",
+]
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 ALIKE = 1e-3  # relative difference in float32; another activation makes more
 GATES = 4.0  # size of gates at which activations are told apart
 
@@ -47,12 +62,14 @@ def replace_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight]) ->
     Args:
         model: changed in place.
         weights: by the names of `nn.Linear` modules, as `gptq_quantize_model` reports and
-            `rtn_quantize_model` returns them. Stacked experts of transformers have no such
-            modules: exclude them, or leave their names out.
+            `rtn_quantize_model` returns them; of transformers' stacked experts all or none, by
+            their parameter's name and the expert's number. The stack becomes a list of modules
+            that is called like it: see `experts`.
 
     Raises:
-        ValueError: a name is of no `nn.Linear`, a weight has another shape or a group size that
-            the kernels do not take; nothing has been replaced in the first two cases.
+        ValueError: a name is of no `nn.Linear` or expert of the usual form, experts are missing, a
+            weight has another shape or a group size that the kernels do not take; nothing has
+            been replaced in all cases but the last.
 
     Example:
         >>> from batchery.compress.quant.rtn import quantize_rtn
@@ -66,19 +83,52 @@ def replace_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight]) ->
         )
     """
     owner = "replace_linears"
-    shapes = {
-        name: (module.out_features, module.in_features)
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Linear)
-    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    stacks: dict[str, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear):
+            shapes[name] = (module.out_features, module.in_features)
+        elif is_stacked(module):
+            for own in STACKS:
+                _, *shape = module.get_parameter(own).shape
+                experts = [f"{name}.{own}.{i}" for i in range(len(module.get_parameter(own)))]
+                shapes |= dict.fromkeys(experts, tuple(shape))
+                stacks.setdefault(name, []).extend(experts)
     for name, qw in weights.items():
-        require(name in shapes, owner, "weights", "must name nn.Linear modules", name)
+        rule = "must name nn.Linear modules or experts of the usual form"
+        require(name in shapes, owner, "weights", rule, name)
         fits = qw.shape == shapes[name]
         require(fits, owner, f"weights[{name!r}]", f"must be {shapes[name]}", qw.shape)
+    for name, experts in list(stacks.items()):
+        absent = [own for own in experts if own not in weights]
+        if len(absent) == len(experts):
+            del stacks[name]
+        else:
+            require(not absent, owner, "weights", f"must have all experts of {name}", absent[:1])
+    places = module_places(model)
+    of_experts = {own for experts in stacks.values() for own in experts}
     for name, qw in weights.items():
-        linear = model.get_submodule(name)
+        linear = None if name in of_experts else model.get_submodule(name)
         if isinstance(linear, nn.Linear):  # it may have stood at another place, too
-            _replace(model, linear, QuantLinear.from_linear(linear, qw))
+            replace_everywhere(model, places, linear, QuantLinear.from_linear(linear, qw))
+    names = expert_names(model) if stacks else PROJECTIONS
+    for name in stacks:
+        stack = model.get_submodule(name)
+        if is_stacked(stack):
+            new = unstacked(stack, names, partial(_expert_layer, weights, name))
+            replace_everywhere(model, places, stack, new)
+
+
+def _expert_layer(
+    weights: Mapping[str, QuantizedWeight], stack: str, own: str, number: int, linear: nn.Linear
+) -> QuantLinear:
+    """Return the four-bit layer of one projection of an expert."""
+    if own == "down_proj":
+        return QuantLinear.from_linear(linear, weights[f"{stack}.{own}.{number}"])
+    rows = linear.out_features
+    begin = 0 if own == "gate_proj" else rows
+    both = weights[f"{stack}.gate_up_proj.{number}"]
+    return QuantLinear.from_linear(linear, both.rows(begin, begin + rows))
 
 
 class QuantGatedMLP(nn.Module):
@@ -134,28 +184,43 @@ def fuse_mlps(model: nn.Module) -> list[str]:
         ['0']
     """
     found = []
-    names = [name for name, module in model.named_modules() if hasattr(module, PROJECTIONS[0])]
+    places = module_places(model)
+    names = [name for name, module in model.named_modules() if hasattr(module, _names(module)[0])]
     for name in filter(None, names):  # the model itself has no place to be replaced at
         module = model.get_submodule(name)
         fused = _fused(module)
         if fused is not None:
-            _replace(model, module, fused)
+            replace_everywhere(model, places, module, fused)
             found.append(name)
     return found
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+def _names(module: nn.Module) -> tuple[str, ...]:
+    """Return what an MLP would call gate, up and down."""
+    return module.names if isinstance(module, QuantExpert) else PROJECTIONS
+
+
+def module_places(model: nn.Module) -> dict[int, list[str]]:
+    """Return all names of each module by its id: references would keep dense weights."""
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(name)
+    return places
+
+
+def replace_everywhere(
+    model: nn.Module, places: dict[int, list[str]], old: nn.Module, new: nn.Module
+) -> None:
     """Put a module in the place of another, wherever that stands."""
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module is old:
-            replace_module(model, name, new)
+    for name in places.pop(id(old)):
+        replace_module(model, name, new)
 
 
 def _fused(module: nn.Module) -> QuantGatedMLP | None:
     """Return what can stand for a module, None if nothing can."""
     rest = dict(module.named_children())
     layers = [
-        layer for name in PROJECTIONS if isinstance(layer := rest.pop(name, None), QuantLinear)
+        layer for name in _names(module) if type(layer := rest.pop(name, None)) is QuantLinear
     ]
     # Beside the three there may be an activation.
     if len(layers) < len(PROJECTIONS) or len(rest) > 1:

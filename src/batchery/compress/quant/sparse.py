@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prune two of every four weights and round the others, in one pass over the columns.
 
-When to use: four-bit weights that must be read faster than four bits allow: 2:4 weights take 3/8 of
-a byte. When not: where the loss of plain GPTQ is already felt; pruning costs several times as much.
+When to use: weights that must take less memory than four bits allow: 2:4 ones take 3/8 of a byte.
+`gptq_quantize_model(..., sparsity="2:4")` does it for a model, `compress_24` packs it. When not:
+for speed (the 2:4 kernel is at best as fast as the dense one), or where the loss of plain GPTQ is
+already felt; pruning costs many times as much.
 
 As in `gptq`, with H⁻¹ = Uᵀ U for the Hessian H of the inputs, but when column i = 0, 4, 8, … is
 reached, each row keeps two of the columns i…i+3, those that cost most to lose:

@@ -12,7 +12,8 @@ back a dense model; Trainer and PEFT train adapters (see `lora_for_quantized`).
 
 Before loading, each linear layer whose words are in the files is replaced by a module of empty
 buffers named as in the files; afterwards each of those becomes a `QuantLinear`. So sharding and
-device maps are transformers' own. Layers on the disk, or moved in from the CPU, are refused.
+device maps are transformers' own. Stacked experts become modules first, for files name experts one
+by one. Layers on the disk, or moved in from the CPU, are refused.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from batchery.compress.quant.checkpoint import (
     read_layer,
     replace_module,
 )
+from batchery.compress.quant.experts import QuantExperts, layers_in_model
 from batchery.compress.quant.folder import SafetensorsFolder
 from batchery.compress.quant.scheme import Format, Scheme, layers_of
 
@@ -201,16 +203,18 @@ class QuantLinearQuantizer(HfQuantizer):  # type: ignore[misc]
         layers = layers_of(folder.files, self.scheme.family)
         require(bool(layers), OWNER, "checkpoint_files", "must have quantised layers", files)
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+        places = layers_in_model(model, layers)
         for stored, names in layers.items():
             if any(re.search(pattern, f"{stored}.weight") for pattern in ignored):
                 continue
-            name = _name_in(model, stored)
+            name = places[stored]
             linear = linear_named(model, name, folder.where(names))
             kinds = {own: folder.shape(full) for own, full in names.items()}
             if f"{stored}.bias" in folder.files:
                 kinds["bias"] = folder.shape(f"{stored}.bias")
             replace_module(model, name, StoredLinear(linear, kinds))
             self.where[name] = folder.where(names)
+        _whole_experts(model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for name, where in self.where.items():
@@ -220,9 +224,11 @@ class QuantLinearQuantizer(HfQuantizer):  # type: ignore[misc]
             require(not offloaded, OWNER, where, "must not be offloaded", offloaded)
             replace_module(model, name, read_layer(self.scheme, tensors, linear, where))
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        # `save_pretrained` leaves a name in the config.
+        known = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for name, layer in list(quant_layers(model)):
-            replace_module(model, name, layer.to_linear(dtype))
+            replace_module(model, name, layer.to_linear(known))
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -250,11 +256,9 @@ def _auto() -> Any:
     return import_extra("transformers.quantizers.auto", "hf", OWNER)
 
 
-def _name_in(model: Any, stored: str) -> str:
-    """Return a layer's name in the model, which may lack or add the base model's prefix."""
-    prefix = f"{model.base_model_prefix}."
-    names = dict(model.named_modules())
-    for name in (stored, stored.removeprefix(prefix), prefix + stored):
-        if name in names:
-            return name
-    return stored
+def _whole_experts(model: nn.Module) -> None:
+    """Raise where some experts of a layer are quantised: transformers would stack the others."""
+    for name, experts in model.named_modules():
+        if isinstance(experts, QuantExperts):
+            dense = [own for own, m in experts.named_modules() if isinstance(m, nn.Linear)]
+            require(not dense, OWNER, name, "must be quantised as a whole", f"dense {dense[:1]}")
