@@ -219,6 +219,26 @@ def test_update_reads_nothing_of_what_it_is_given():
     batchwise.update(losses.sum())
 
 
+@pytest.mark.parametrize("kinds", [{}, {"rank": 1, "world_size": 2}, {"temperature": 0.5}])
+def test_mean_losses_of_whole_batches_are_those_of_their_examples_to_the_bit(kinds):
+    """Two ways to the same scores: by batch, and by example once a batch is said by its indices."""
+
+    def train(by_example):
+        sampler = HardBatchSampler(23, 4, 0.5, drop_last="temperature" in kinds, **kinds)
+        for turn in range(6):
+            for step, batch in enumerate(sampler):
+                loss = math.nan if turn and step == 1 else pseudo(batch[0], turn + 1) / 3
+                sampler.update(torch.tensor(loss, dtype=torch.float64))
+                if by_example:
+                    sampler.update(loss, batch)
+        return sampler.scores.tolist(), sampler.selected.tolist(), sampler.not_finite
+
+    with pytest.warns(UserWarning, match="not finite"):
+        by_batch, by_example = train(False), train(True)
+    assert by_batch[:2] == by_example[:2]
+    assert by_example[2] == 2 * by_batch[2]
+
+
 @pytest.mark.gpu
 def test_reports_from_a_gpu_wait_until_the_round_ends():
     sampler = HardBatchSampler(8, 2, 0.5, mode="sample")
@@ -302,7 +322,8 @@ def test_a_temperature_goes_from_the_hardest_to_all_alike():
     scores = np.array([1.0, 3.0, 2.0, np.inf, -np.inf], np.float32)
     assert chances(scores, 1e-3).tolist() == pytest.approx([0, 0.5, 0, 0.5, 0])
     assert chances(scores, 1e6).tolist() == pytest.approx([0.25, 0.25, 0.25, 0.25, 0], rel=1e-5)
-    assert chances(np.full(3, np.inf, np.float32), 1.0).tolist() == pytest.approx([1 / 3] * 3)
+    for same in (np.inf, -np.inf):  # never trained, and without any finite loss
+        assert chances(np.full(3, same, np.float32), 1.0).tolist() == pytest.approx([1 / 3] * 3)
     wanted = np.exp(scores[:3]) / (np.exp(scores[:3]).sum() + np.exp(3))
     assert chances(scores, 1.0)[:3].tolist() == pytest.approx(wanted.tolist(), rel=1e-6)
 

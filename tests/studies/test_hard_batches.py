@@ -2,19 +2,27 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from batchery.studies.hard_batches import (
     BALANCED_ONLY,
     FEEDS,
-    RARE,
-    SIZES,
+    ON_SPEECH,
     STUDY,
     Balanced,
     Pruned,
-    _arrays,
-    _task,
+    versions,
+)
+from batchery.studies.hard_batches_tasks import (
+    RARE,
+    SIZES,
+    SPOKEN,
+    arrays_of,
+    spectrograms,
+    task_of,
+    untrained,
 )
 from batchery.studies.study import SCALES
 
@@ -65,21 +73,60 @@ def test_balanced_draws_show_every_class_as_often():
 
 
 def test_the_rare_class_is_cut_in_training_only_and_tuning_sees_no_test_data():
-    whole = _arrays("digits", CPU)
-    cut = _task(SIZES["cpu"], "imbalanced", 3, CPU, tuning=False)
-    assert int((cut.y_train == RARE).sum()) == SIZES["cpu"].rare
+    size, whole = SIZES["cpu"][""], arrays_of("digits", CPU)
+    cut = task_of(size, "imbalanced", 3, CPU, tuning=False)
+    assert int((cut.y_train == RARE).sum()) == size.rare
     assert int((cut.y_train != RARE).sum()) == int((whole.y_train != RARE).sum())
     assert torch.equal(cut.x_test, whole.x_test)
-    other = _task(SIZES["cpu"], "imbalanced", 4, CPU, tuning=False)
+    other = task_of(size, "imbalanced", 4, CPU, tuning=False)
     assert not torch.equal(other.x_train, cut.x_train)
-    tuning = _task(SIZES["cpu"], "balanced", 3, CPU, tuning=True)
+    tuning = task_of(size, "balanced", 3, CPU, tuning=True)
     assert torch.equal(torch.cat([tuning.x_train, tuning.x_test]), whole.x_train)
 
 
-def test_the_claims_are_the_papers_method_against_ordinary_training():
+def test_spectrograms_show_a_tone_where_it_sounds_and_know_nothing_of_the_test_part():
+    """Band b holds 250 b to 250 (b + 1) Hz, moment m the samples from 256 m on."""
+    time = np.arange(5000) / 8000
+    noise = np.random.default_rng(0).normal(0, 300, (8, 5000))
+    waves = [*noise.astype(np.int16), (noise[0] / 10 + 9000 * np.sin(2 * np.pi * 1625 * time))]
+    waves[-1][1024:] = 0
+    waves[-1] = waves[-1].astype(np.int16)
+    test = np.arange(9) == 8
+    found = spectrograms(waves, np.arange(9), test)
+    assert found["x_train"].shape == (8, 1, 16, 16)
+    assert found["y_test"].tolist() == [8]
+    tone = found["x_test"][0, 0]
+    assert tone[:, :4].mean(1).argmax() == 6
+    assert (tone[6, :4] > tone[6, 4:].max() + 5).all()
+    assert found["x_train"].mean((0, 1, 3)).abs().max() < 1e-5
+    assert (found["x_train"].std((0, 1, 3)) - 1).abs().max() < 1e-5
+    short = spectrograms([wave[:1500] for wave in waves], np.arange(9), test)
+    assert torch.equal(short["x_test"][..., 6:], short["x_test"][..., 6:7].expand(1, 1, 16, 10))
+
+
+@pytest.mark.parametrize(("net", "side"), [("perceptron", 8), ("cnn", 8), ("cnn", 16)])
+def test_networks_take_their_images_and_a_seed_decides_their_weights(net, side):
+    one, same, other = (untrained(net, side, seed) for seed in (3, 3, 4))
+    x = torch.randn(5, 1, side, side, generator=torch.Generator().manual_seed(0))
+    assert one(x).shape == (5, 10)
+    assert torch.equal(one(x), same(x))
+    assert not torch.equal(one(x), other(x))
+
+
+def test_the_claims_are_the_papers_method_against_ordinary_training_in_both_tasks():
     claims = [(c.arm, c.baseline, c.metric) for c in STUDY.comparisons if c.claim]
-    assert claims == [("batch 0.5", "shuffled", m) for m in ("accuracy", "recall_rare")]
-    rare = [c for c in STUDY.comparisons if "rare" in c.metric]
-    assert not {name for c in rare for name in (c.arm, c.baseline)} & set(BALANCED_ONLY)
+    metrics = ("accuracy", "recall_rare", "spoken_accuracy", "spoken_recall_rare")
+    assert claims == [("batch 0.5", "shuffled", metric) for metric in metrics]
     assert set(STUDY.seeds) == set(SCALES)
     assert STUDY.seeds["cpu"] >= 5
+
+
+def test_comparisons_name_arms_that_are_trained_on_their_task_at_every_scale():
+    for comparison in STUDY.comparisons:
+        task = SPOKEN if comparison.metric.startswith(SPOKEN) else ""
+        version = "imbalanced" if comparison.metric.endswith("rare") else "balanced"
+        for scale in SCALES:
+            assert task in SIZES[scale]
+            for arm in (comparison.arm, comparison.baseline):
+                assert version in versions(arm, task, scale)
+    assert not set(BALANCED_ONLY) & set(ON_SPEECH)

@@ -227,6 +227,7 @@ class HardBatchSampler(ResumableBatchSampler):
         self.clip_quantile = clip_quantile
         batches = self.batches_per_epoch
         require(batches >= 2, owner, "data_source_or_len", "must make at least 2 batches", batches)
+        self._unit_size = batch_size if whole else 1  # examples of a unit
         units, least = (batches, 1) if whole else (self.num_examples, batch_size)
         kept = int(delta * units)
         if kept < least:
@@ -282,7 +283,11 @@ class HardBatchSampler(ResumableBatchSampler):
             ValueError: the number of losses is neither 1 nor that of the indices.
             RuntimeError: every yielded batch has been reported.
         """
-        owner = type(self).__name__
+        owner, unit = type(self).__name__, -1
+        # A copy: captured graphs write over their outputs.
+        copied = loss.detach().clone() if isinstance(loss, Tensor) else torch.tensor(loss)
+        losses = copied.reshape(-1)
+        given = losses.numel()
         if indices is not None:
             if not isinstance(indices, Tensor):
                 indices = torch.from_numpy(np.asarray(indices, np.int64))  # as_tensor is slow here
@@ -292,20 +297,23 @@ class HardBatchSampler(ResumableBatchSampler):
         elif self.mode == "sample":
             raise TypeError(f"{owner}: update needs indices in mode 'sample'")
         elif self._reported + 1 < len(self._ends):
+            start, end = self._ends[self._reported : self._reported + 2]
             examples = torch.from_numpy(self._share(self._reported))
+            if given == 1 and end - start <= self._unit_size:  # else a short batch has joined it
+                unit = int(self._selected[start // self._unit_size])
             self._reported += 1
         else:
             raise RuntimeError(f"{owner}: update came for a batch that was not yielded yet")
-        losses = torch.as_tensor(loss).detach().to(torch.float32, copy=True).reshape(-1)
-        given, wanted = losses.numel(), examples.numel()
+        wanted = examples.numel()
         require(given in (1, wanted), owner, "loss", f"must be 1 number or {wanted}", given)
-        self._hardness.report(examples, losses)
+        self._hardness.report(examples, losses, unit)
 
     def _end_pass(self) -> None:
         """Note what the round trained on, and turn its reports into scores."""
         if self._ends[-1] > 0:
-            trained = self._order()[: self._ends[-1]]
-            self._hardness.last_seen.numpy()[self._units_of(trained)] = self._epoch
+            self._order()
+            trained = self._selected[: math.ceil(self._ends[-1] / self._unit_size)]
+            self._hardness.last_seen.numpy()[trained] = self._epoch
         self._hardness.absorb(self._units_of, self.process_group)
 
     def _draw_order(self) -> Tensor:
@@ -353,23 +361,24 @@ class HardBatchSampler(ResumableBatchSampler):
             visit = chosen[np.argsort(place[chosen], kind="stable")]
         elif self.order == "shuffle":
             visit = visit[torch.randperm(len(visit), generator=generator).numpy()]
-        size, examples = self._first_batch_size, len(self._partition)
-        short = visit == examples // size  # where drop_last is off; it comes last
-        self._selected = torch.from_numpy(np.concatenate([visit[~short], visit[short]]))
-        places = (self._selected[:, None] * size + torch.arange(size)).flatten()
-        return self._partition[places[places < examples]]
+        size, full = self._first_batch_size, len(self._partition) // self._first_batch_size
+        self._selected = np.concatenate([visit[visit < full], visit[visit == full]])
+        batches = self._partition[: full * size].view(full, size)
+        order = batches[torch.from_numpy(visit[visit < full])].flatten()
+        # Where drop_last is off, a short batch comes last.
+        return torch.cat([order, self._partition[full * size :]]) if full in visit else order
 
     def _arrange_examples(self, chosen: Ints, scores: Floats, generator: torch.Generator) -> Tensor:
         examples = chosen[torch.randperm(len(chosen), generator=generator).numpy()]
         if self.regroup == "sorted":
             examples = examples[falling(scores[examples])]
-        self._selected = torch.from_numpy(examples)
         if self.regroup == "sorted" and self.order == "shuffle":
             size = self._first_batch_size
-            whole = self._selected[: len(examples) // size * size].view(-1, size)
-            mixed = whole[torch.randperm(len(whole), generator=generator)].flatten()
-            self._selected = torch.cat([mixed, self._selected[len(mixed) :]])
-        return self._selected
+            whole = examples[: len(examples) // size * size].reshape(-1, size)
+            mixed = whole[torch.randperm(len(whole), generator=generator).numpy()].flatten()
+            examples = np.concatenate([mixed, examples[len(mixed) :]])
+        self._selected = examples
+        return torch.from_numpy(examples)
 
     def __iter__(self) -> Iterator[list[int]]:
         """Begin, go on with, or repeat a round; its selection uses what was reported before."""
@@ -393,7 +402,7 @@ class HardBatchSampler(ResumableBatchSampler):
     def selected(self) -> Tensor:
         """The batches, or in sample mode the examples, of the round in hand, in their order."""
         self._order()
-        return self._selected.clone()
+        return torch.from_numpy(self._selected.copy())
 
     def importance_weights(self, indices: Sequence[int] | Tensor) -> Tensor:
         """Return what to multiply the losses of examples by in the round in hand.

@@ -64,7 +64,8 @@ def highest(scores: Floats, count: int) -> Ints:
 def chances(scores: Floats, temperature: float) -> npt.NDArray[np.float64]:
     """Return the probability of each unit in proportion to exp(score / temperature).
 
-    A unit that comes before all others has that of the highest score; one that comes last has 0.
+    A unit that comes before all others has that of the highest score; one that comes last has 0,
+    unless all do.
 
     Example:
         >>> chances(np.array([0.0, math.log(3), -np.inf], dtype=np.float32), 1.0).round(3).tolist()
@@ -73,6 +74,8 @@ def chances(scores: Floats, temperature: float) -> npt.NDArray[np.float64]:
     known = scores[np.isfinite(scores)]
     top = float(known.max()) if len(known) else 0.0
     weights = np.exp((np.minimum(scores, top).astype(np.float64) - top) / temperature)
+    if not weights.any():
+        weights[:] = 1
     found: npt.NDArray[np.float64] = weights / weights.sum()
     return found
 
@@ -131,11 +134,14 @@ class Hardness:
         self.scores = torch.full((units,), torch.nan)
         self.last_seen = torch.full((units,), -1, dtype=torch.int32)
         self.not_finite = 0
-        self._reports: list[tuple[Tensor, Tensor]] = []
+        self._reports: list[tuple[Tensor, Tensor, int]] = []
 
-    def report(self, examples: Tensor, losses: Tensor) -> None:
-        """Take losses (float32 `[n]` or `[1]`) of examples (int64 `[n]`), not yet looked at."""
-        self._reports.append((examples, losses))
+    def report(self, examples: Tensor, losses: Tensor, unit: int = -1) -> None:
+        """Take losses (`[n]` or `[1]`, of any dtype) of examples (int64 `[n]`), not yet looked at.
+
+        A unit says that these are all of its examples on this rank, and that they share one loss.
+        """
+        self._reports.append((examples, losses, unit))
 
     def check(self, examples: Tensor) -> None:
         """Raise `IndexError` when an index lies outside the data set."""
@@ -149,12 +155,10 @@ class Hardness:
     def reports(self) -> tuple[Tensor, Tensor]:
         """Return this rank's waiting reports, a loss for each example; two transfers in all."""
         if self._reports:
-            examples, losses = zip(*self._reports, strict=True)
-            spread = [loss.expand(len(of)) for of, loss in self._reports]
-            one = torch.cat([of.to(examples[0].device) for of in examples]).cpu()
-            two = torch.cat([loss.to(losses[0].device) for loss in spread]).cpu()
+            one = _joined([of for of, *_ in self._reports])
+            two = _joined([loss.expand(of.numel()) for of, loss, _ in self._reports]).float()
             self.check(one)  # those of another device were not looked at before
-            self._reports = [(one, two)]
+            self._reports = [(one, two, -1)]
             return one, two
         return torch.empty(0, dtype=torch.int64), torch.empty(0)
 
@@ -167,20 +171,43 @@ class Hardness:
             units_of: gives the units of examples, -1 for an example that is in none.
             process_group: the ranks whose reports belong together.
         """
-        examples, losses = (tensor.numpy() for tensor in self.reports())
+        total = len(self.scores)
+        if self._reports and all(unit >= 0 for *_, unit in self._reports):
+            tally = self._tally_units(total)
+        else:
+            examples, losses = (tensor.numpy() for tensor in self.reports())
+            finite = self._finite(losses, np.broadcast_to(1, len(losses)))
+            known, values = _latest(examples[finite], losses[finite], self.examples)
+            tally = _tally(units_of(known), values, total)
         self._reports = []
-        finite = np.isfinite(losses)
-        if not self.not_finite and not finite.all():
-            warnings.warn("HardBatchSampler: a reported loss is not finite", stacklevel=2)
-        self.not_finite += int(np.count_nonzero(~finite))
-        latest = np.full(self.examples, np.nan, np.float32)
-        latest[examples[finite]] = losses[finite]  # of repeated indices numpy keeps the last
-        known = np.flatnonzero(~np.isnan(latest))
-        tally = _tally(units_of(known), latest[known], len(self.scores))
         found = _means(_sum_over_ranks(tally, process_group))
         blend = self.keep * self.scores + (1 - self.keep) * found
         found = torch.where(self.scores.isnan(), found, blend)
         self.scores = torch.where(found.isnan(), self.scores, found)
+
+    def _tally_units(self, total: int) -> Tensor:
+        """Return what `_tally` would of reports on whole units, without a look at examples.
+
+        To the bit: a float64 holds the sum of equal float32 exactly.
+        """
+        units = np.array([unit for *_, unit in self._reports], np.int64)
+        sizes = np.array([of.numel() for of, *_ in self._reports], np.int64)
+        losses = _joined([loss for _, loss, _ in self._reports]).float().numpy()
+        finite = self._finite(losses, sizes)
+        known, values = _latest(units[finite], losses[finite], total)
+        counts, tally = np.zeros(total), np.zeros((2, total))
+        counts[units] = sizes
+        tally[:, known] = values * counts[known], counts[known]
+        return torch.from_numpy(tally)
+
+    def _finite(self, losses: Floats, sizes: Ints) -> npt.NDArray[np.bool_]:
+        """Return which losses are finite, and count the examples that the others stand for."""
+        finite = np.isfinite(losses)
+        if not finite.all():
+            if not self.not_finite:
+                warnings.warn("HardBatchSampler: a reported loss is not finite", stacklevel=3)
+            self.not_finite += int(sizes[~finite].sum())
+        return finite
 
     def complete(self, unseen: float = math.inf) -> Floats:
         """Return scores to select by: without one, `unseen` if never trained on, else lowest."""
@@ -225,13 +252,27 @@ class Hardness:
         self.scores = state_dict["scores"].clone()
         self.last_seen = state_dict["last_seen"].clone()
         self.not_finite = state_dict["not_finite"]
-        reports = (state_dict["reported_examples"], state_dict["reported_losses"])
+        reports = (state_dict["reported_examples"], state_dict["reported_losses"], -1)
         self._reports = [reports] if own else []
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """Return tensors as one, on the CPU: one transfer when all lie on one device."""
+    return torch.cat([tensor.to(tensors[0].device) for tensor in tensors]).cpu()
+
+
+def _latest(keys: Ints, losses: Floats, total: int) -> tuple[Ints, Floats]:
+    """Return the keys that there are, ascending and below `total`, and the last loss of each."""
+    latest = np.full(total, np.nan, np.float32)
+    latest[keys] = losses  # of repeated indices numpy keeps the last
+    known = np.flatnonzero(~np.isnan(latest))
+    return known, latest[known]
 
 
 def _tally(units: Ints, values: Floats, total: int) -> Tensor:
     """Return sums and counts of the values by unit, -1 left out: float64 `[2, total]`."""
-    values, units = values[units >= 0], units[units >= 0]
+    inside = units >= 0
+    values, units = values[inside], units[inside]
     sums = np.bincount(units, values, total)
     return torch.from_numpy(np.stack([sums, np.bincount(units, minlength=total)]))
 

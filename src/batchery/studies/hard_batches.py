@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does training on the hardest half of the batches beat ordinary training at equal updates?
 
-Two versions of one task: as it is, and with one class cut to a fifteenth. Handwritten digits with a
-small perceptron (cpu), or CIFAR-10 with a ResNet-18 (gpu). Beside the paper's method stand what it
-claims to beat, what it is compared with in the paper, and what a user would otherwise reach for.
+Two tasks, each in two versions: as it is, and with one class cut to a fifteenth. The first is
+handwritten digits with a small perceptron (cpu), or CIFAR-10 with a ResNet-18 (gpu); the second,
+for fewer arms, spoken digits with a small convolutional network. Beside the paper's method stand
+what it claims to beat, what it is compared with in the paper, and what a user would otherwise reach
+for.
 """
 
 from __future__ import annotations
@@ -12,140 +14,43 @@ import functools
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from batchery import datasets
-from batchery._core.random import initial_weights, new_generator
+from batchery._core.random import new_generator
 from batchery.select import HardBatchSampler, ResumableBatchSampler
 from batchery.studies.graphs import captured
+from batchery.studies.hard_batches_tasks import (
+    RARE,
+    SIZES,
+    SPOKEN,
+    VERSIONS,
+    Net,
+    Task,
+    task_of,
+    untrained,
+)
 from batchery.studies.study import Comparison, Metric, Outcome, Scale, Study, Trial
 from batchery.studies.tuning import walk
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-RARE = 8  # the class that the imbalanced version cuts
-VERSIONS = ("balanced", "imbalanced")
 TUNING_SEED = 1_000  # apart from the seeds that are judged
 PAPER_LR = 5e-3
-
-
-@dataclass(frozen=True)
-class Size:
-    """How large the task is at a scale."""
-
-    data: str
-    batch: int
-    epochs: int  # of ordinary training; every arm makes as many updates
-    rare: int  # examples left of the rare class
-    target: float  # per cent of test accuracy that "updates to target" waits for
-    lr: float  # where tuning starts
-    tuning_seeds: int
-    tuning_epochs: int
-    evaluations: float  # per epoch
-    augment: bool
-
-
-SIZES: dict[Scale, Size] = {
-    "smoke": Size("digits", 32, 2, 8, 80.0, 0.05, 1, 1, 2, False),
-    "cpu": Size("digits", 32, 12, 8, 95.0, 0.1, 3, 12, 2, False),
-    "gpu": Size("cifar10", 512, 20, 333, 85.0, 0.1, 1, 3, 0.5, True),
-}
-
-
-@dataclass(frozen=True)
-class Task:
-    """Inputs and labels on one device; what is judged is the test part."""
-
-    x_train: Tensor
-    y_train: Tensor
-    x_test: Tensor
-    y_test: Tensor
-
-
-@functools.cache
-def _arrays(name: str, device: torch.device) -> Task:
-    """Return a data set in an order that says nothing; images are normalised, `[n, 3, 32, 32]`."""
-    arrays = {key: torch.from_numpy(value) for key, value in datasets.load(name).items()}
-    if name == "cifar10":
-        for part in ("train", "test"):
-            order = torch.randperm(len(arrays[f"y_{part}"]), generator=new_generator(part))
-            pixels = arrays[f"x_{part}"][order].permute(0, 3, 1, 2).float() / 127.5 - 1
-            arrays[f"x_{part}"] = pixels.contiguous(memory_format=torch.channels_last)
-            arrays[f"y_{part}"] = arrays[f"y_{part}"][order]
-    return Task(**{key: value.to(device) for key, value in arrays.items()})
-
-
-def _task(size: Size, version: str, seed: int, device: torch.device, tuning: bool) -> Task:
-    """Return a version of the task; when tuning, a fifth of the training part is what is judged."""
-    whole = _arrays(size.data, device)
-    x, y, x_test, y_test = whole.x_train, whole.y_train, whole.x_test, whole.y_test
-    if tuning:
-        cut = len(y) * 4 // 5
-        x, y, x_test, y_test = x[:cut], y[:cut], x[cut:], y[cut:]
-    if version == "imbalanced":
-        rare = (y == RARE).nonzero().flatten()
-        drawn = torch.randperm(len(rare), generator=new_generator(seed, "rare"))[size.rare :]
-        kept = torch.ones_like(y, dtype=torch.bool)
-        kept[rare[drawn.to(device)]] = False
-        x, y = x[kept], y[kept]
-    return Task(x, y, x_test, y_test)
-
-
-class _Block(nn.Module):
-    def __init__(self, inner: int, outer: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(inner, outer, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(outer),
-            nn.ReLU(),
-            nn.Conv2d(outer, outer, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(outer),
-        )
-        self.skip = nn.Sequential()
-        if stride > 1:
-            self.skip = nn.Sequential(
-                nn.Conv2d(inner, outer, 1, stride, bias=False), nn.BatchNorm2d(outer)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.body(x) + self.skip(x))
-
-
-def resnet18() -> nn.Module:
-    """ResNet-18 with a 3 x 3 stem of stride 2, which suits 32 x 32 pixels."""
-    widths = (64, 64, 128, 256, 512)
-    blocks: list[nn.Module] = [
-        nn.Conv2d(3, 64, 3, 2, 1, bias=False),
-        nn.BatchNorm2d(64),
-        nn.ReLU(),
-    ]
-    for inner, outer in itertools.pairwise(widths):
-        blocks += [_Block(inner, outer, 1 if inner == outer else 2), _Block(outer, outer, 1)]
-    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
-
-
-def _perceptron() -> nn.Module:
-    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-
-
-def _untrained(data: str, seed: int) -> nn.Module:
-    with initial_weights(seed, "weights"):
-        return resnet18() if data == "cifar10" else _perceptron()
-
 
 Graphs = dict[torch.Size, Callable[..., Tensor]]  # shape of a batch → its losses
 
 
 @functools.cache
-def _network(data: str, device: torch.device) -> tuple[nn.Module, Graphs]:
+def _network(net: Net, side: int, device: torch.device) -> tuple[nn.Module, Graphs]:
     """Return the one network that all runs train, each from weights of its own, and its graphs."""
-    model = _untrained(data, 0).to(device)
+    model = untrained(net, side, 0).to(device)
     return model.to(memory_format=torch.channels_last), {}  # type: ignore[call-overload]
 
 
@@ -244,6 +149,7 @@ FEEDS: dict[str, Build] = {
 }
 # At scale gpu these are spared the imbalanced version, so that all fit the time.
 BALANCED_ONLY = ("fixed order", "batch 0.8", "batch 0.2", "sample 0.5")
+ON_SPEECH = ("shuffled", "batch 0.5", "sample 0.3", "class-balanced", "infobatch-like")
 
 
 def _accuracies(model: nn.Module, task: Task) -> tuple[float, float]:
@@ -286,13 +192,14 @@ def _augmented(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _train(
-    arm: str, version: str, lr: float, seed: int, trial: Trial, tuning: bool = False
+    arm: str, name: str, version: str, lr: float, seed: int, trial: Trial, tuning: bool = False
 ) -> tuple[list[float], list[float]]:
     """Train one arm; return test accuracies and recalls of the rare class along the way."""
-    size, paper = SIZES[trial.scale], arm.startswith("paper")
-    task = _task(size, version, seed, trial.device, tuning)
-    model, graphs = _network(size.data, trial.device)
-    model.load_state_dict(_untrained(size.data, seed).state_dict())
+    size, paper = SIZES[trial.scale][name], arm.startswith("paper")
+    task = task_of(size, version, seed, trial.device, tuning)
+    side = task.x_train.shape[-1]
+    model, graphs = _network(size.net, side, trial.device)
+    model.load_state_dict(untrained(size.net, side, seed).state_dict())
     epoch = len(task.y_train) // size.batch
     updates = epoch * (size.tuning_epochs if tuning else size.epochs)
     every = max(int(epoch / size.evaluations), 1)
@@ -312,7 +219,8 @@ def _train(
             x = _augmented(x, generator)
         y = task.y_train[rows]
         if x.shape not in graphs:
-            graphs[x.shape] = captured(model, _losses, x, y, fuse=True)
+            fuse = size.net == "resnet18"  # others are too small to be worth compiling
+            graphs[x.shape] = captured(model, _losses, x, y, fuse=fuse)
         losses = graphs[x.shape](x, y)
         loss = losses.mean()
         if weigh is not None:
@@ -330,92 +238,142 @@ def _train(
     return list(accuracies), list(recalls)
 
 
-def versions(arm: str, scale: Scale) -> tuple[str, ...]:
-    """Return the versions of the task that an arm is trained on."""
+def versions(arm: str, name: str, scale: Scale) -> tuple[str, ...]:
+    """Return the versions of a task that an arm is trained on."""
+    if name == SPOKEN:
+        return VERSIONS if arm in ON_SPEECH else ()
     spared = arm.startswith("paper") or (scale == "gpu" and arm in BALANCED_ONLY)
     return VERSIONS[:1] if spared else VERSIONS
 
 
 def _prepare(trial: Trial) -> dict[str, Any]:
-    """Tune the learning rate of every arm in both versions, by one rule, on a held-out fifth."""
-    size = SIZES[trial.scale]
-    tuned = [arm for arm in FEEDS if not arm.startswith("paper")]
-    places = [(version, arm) for arm in tuned for version in versions(arm, trial.scale)]
-    chosen: dict[str, Any] = {version: {} for version in VERSIONS}
-    for done, (version, arm) in enumerate(places):
+    """Tune the learning rate of every arm in every version, by one rule, on a held-out fifth."""
+    places = [
+        (name, version, arm)
+        for name in SIZES[trial.scale]
+        for arm in FEEDS
+        if not arm.startswith("paper")
+        for version in versions(arm, name, trial.scale)
+    ]
+    chosen: dict[str, Any] = {name + version: {} for name, version, _ in places}
+    for done, (name, version, arm) in enumerate(places):
         trial.progress(done, len(places))
+        size = SIZES[trial.scale][name]
 
-        def error(lr: float, version: str = version, arm: str = arm) -> list[float]:
-            seeds = range(TUNING_SEED, TUNING_SEED + size.tuning_seeds)
-            runs = (_train(arm, version, lr, seed, trial, tuning=True) for seed in seeds)
+        def error(
+            lr: float, name: str = name, version: str = version, arm: str = arm
+        ) -> list[float]:
+            seeds = range(TUNING_SEED, TUNING_SEED + SIZES[trial.scale][name].tuning_seeds)
+            runs = (_train(arm, name, version, lr, seed, trial, tuning=True) for seed in seeds)
             return [100 - statistics.fmean(accuracies[-1] for accuracies, _ in runs)]
 
         if trial.scale == "smoke":  # nothing is judged, so nothing is tuned
-            chosen[version][arm] = {"lr": [size.lr]}
+            chosen[name + version][arm] = {"lr": [size.lr]}
         else:
-            chosen[version][arm] = walk(error, size.lr)
+            chosen[name + version][arm] = walk(error, size.lr)
     return chosen
 
 
-def _arm(name: str) -> Callable[[Trial], Outcome]:
+def _arm(arm: str) -> Callable[[Trial], Outcome]:
     def run(trial: Trial) -> Outcome:
-        size, paper = SIZES[trial.scale], name.startswith("paper")
-        lr = PAPER_LR if paper else trial.prepared["balanced"][name]["lr"][0]
-        curve, _ = _train(name, "balanced", lr, trial.seed, trial)
-        trial.progress(1, 2)
-        reached = [place for place, value in enumerate(curve, 1) if value >= size.target]
-        metrics = {
-            "accuracy": curve[-1],
-            "updates_to_target": 100 * reached[0] / len(curve) if reached else 100.0,
-        }
-        if "imbalanced" in versions(name, trial.scale):
-            lr = trial.prepared["imbalanced"][name]["lr"][0]
-            accuracies, recalls = _train(name, "imbalanced", lr, trial.seed, trial)
-            metrics |= {"accuracy_rare": accuracies[-1], "recall_rare": recalls[-1]}
-        return Outcome(metrics, {"accuracy": curve})
+        metrics: dict[str, float] = {}
+        series: dict[str, list[float]] = {}
+        sizes = SIZES[trial.scale]
+        places = [(name, version) for name in sizes for version in versions(arm, name, trial.scale)]
+        for done, (name, version) in enumerate(places):
+            trial.progress(done, len(places))
+            paper = arm.startswith("paper")
+            lr = PAPER_LR if paper else trial.prepared[name + version][arm]["lr"][0]
+            curve, recalls = _train(arm, name, version, lr, trial.seed, trial)
+            if version == "imbalanced":
+                metrics[f"{name}accuracy_rare"] = curve[-1]
+                metrics[f"{name}recall_rare"] = recalls[-1]
+                continue
+            metrics[f"{name}accuracy"] = curve[-1]
+            series[f"{name}accuracy"] = curve
+            target = sizes[name].target
+            if target is not None:
+                reached = [place for place, value in enumerate(curve, 1) if value >= target]
+                share = 100 * reached[0] / len(curve) if reached else 100.0
+                metrics[f"{name}updates_to_target"] = share
+        return Outcome(metrics, series)
 
     return run
 
 
 def _draw(figure: Figure, result: dict[str, Any]) -> None:
-    curves, rare = figure.subplots(1, 2)
     arms = result["arms"]
-    for place, arm in enumerate(arms):
-        color, name = f"C{place}", arm["name"]
-        rows = [run["series"]["accuracy"] for run in arm["runs"]]
+    tasks = [name for name in ("", SPOKEN) if f"{name}accuracy" in arms[0]["summary"]]
+    figure.set_size_inches(7.2, 5.8)
+    panels = figure.subplots(2, len(tasks), squeeze=False)
+    titles = {"digits": "handwritten digits", "cifar10": "CIFAR-10", "fsdd": "spoken digits"}
+    for (curves, rare), name in zip(panels.T, tasks, strict=True):
+        curves.set(title=titles[SIZES[result["scale"]][name].data], yscale="log")
+        curves.set(xlabel="updates (% of the budget)", ylabel="test error (%)")
+        rare.set(xlabel="test accuracy (%), one class rare", ylabel="recall of the rare class (%)")
+        for place, arm in enumerate(arms):
+            _draw_arm(curves, rare, name, arm, f"C{place}")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+
+
+def _draw_arm(curves: Axes, rare: Axes, name: str, arm: dict[str, Any], color: str) -> None:
+    """Draw an arm's mean error along the updates, and where its runs end when a class is rare."""
+    if f"{name}accuracy" in arm["summary"]:
+        rows = [run["series"][f"{name}accuracy"] for run in arm["runs"]]
         mean = [100 - statistics.fmean(values) for values in zip(*rows, strict=True)]
         share = [100 * (k + 1) / len(mean) for k in range(len(mean))]
-        style = "--" if name.startswith("paper") else "-"
-        curves.plot(share, mean, style, color=color, label=name, linewidth=1.2)
-        points = [run["metrics"] for run in arm["runs"] if "recall_rare" in run["metrics"]]
-        if points:
-            x, y = ([point[key] for point in points] for key in ("accuracy_rare", "recall_rare"))
-            rare.plot(x, y, ".", color=color, alpha=0.25)
-            rare.plot(statistics.fmean(x), statistics.fmean(y), "o", color=color)
-    curves.set(yscale="log", xlabel="updates (% of the budget)", ylabel="test error (%)")
-    curves.legend(fontsize=7, ncols=2)
-    rare.set(xlabel="test accuracy (%), one class rare", ylabel="recall of the rare class (%)")
+        style = "--" if arm["name"].startswith("paper") else "-"
+        curves.plot(share, mean, style, color=color, label=arm["name"], linewidth=1.2)
+    if f"{name}recall_rare" in arm["summary"]:
+        keys = (f"{name}accuracy_rare", f"{name}recall_rare")
+        x, y = ([run["metrics"][key] for run in arm["runs"]] for key in keys)
+        rare.plot(x, y, ".", color=color, alpha=0.25)
+        rare.plot(statistics.fmean(x), statistics.fmean(y), "o", color=color)
 
+
+# Written before anything runs; on the second task, the same ones of the arms that it has.
+_COMPARISONS = (
+    Comparison("batch 0.5", "shuffled", "accuracy"),
+    Comparison("batch 0.5", "shuffled", "recall_rare"),
+    Comparison("batch 0.5", "fixed order", "accuracy", claim=False),
+    Comparison("batch 0.5", "shuffled", "updates_to_target", claim=False),
+    Comparison("batch 0.5", "shuffled", "accuracy_rare", claim=False),
+    Comparison("batch 0.5", "class-balanced", "recall_rare", claim=False),
+    Comparison("sample 0.3", "shuffled", "accuracy", claim=False),
+    Comparison("sample 0.3", "shuffled", "recall_rare", claim=False),
+    Comparison("sample 0.3", "class-balanced", "recall_rare", claim=False),
+    Comparison("sample 0.3", "class-balanced", "accuracy_rare", claim=False),
+    Comparison("sample 0.3", "infobatch-like", "accuracy", claim=False),
+    Comparison("paper 0.5", "paper 1.0", "accuracy", claim=False),
+)
+_SPOKEN_COMPARISONS = tuple(
+    replace(comparison, metric=SPOKEN + comparison.metric)
+    for comparison in _COMPARISONS
+    if {comparison.arm, comparison.baseline} <= set(ON_SPEECH)
+    and comparison.metric != "updates_to_target"
+)
 
 STUDY = Study(
     slug="hard-batches",
     claim=(
-        "At equal updates, training on the half of the fixed mini-batches with the highest last "
-        "loss ends at a higher test accuracy than ordinary shuffled training, and with a higher "
-        "recall of a class that has a fifteenth of its examples."
+        "On two data sets, at equal updates, training on the half of the fixed mini-batches with "
+        "the highest last loss ends at a higher test accuracy than ordinary shuffled training, and "
+        "with a higher recall of a class that has a fifteenth of its examples."
     ),
     protocol=(
         "Every arm makes as many updates as ordinary epochs of shuffled training have. SGD with "
         "momentum 0.9, learning rate falling linearly to zero by updates. Its peak is found for "
-        "every arm and version by the same walk in factors of two, on seeds that are not judged "
-        "and a fifth of the training part held out. Imbalanced: class 8 keeps 8 of about 140 "
-        "digits, or 333 of 5,000 images; test parts stay balanced. cpu: digits, a perceptron "
-        "64-64-10, batch 32, 12 epochs. gpu: CIFAR-10, ResNet-18 with a stride-2 stem, batch 512, "
-        "20 epochs, mirrored and shifted images, weight decay 5e-4; some arms see the balanced "
-        "version only and tuning runs last 3 epochs, to fit the time. The arms called paper follow "
-        "its protocol: "
-        "learning rate 0.005 throughout, no decay, no augmentation, batches cut by index. "
-        "Batch-norm statistics are estimated anew before every evaluation."
+        "every arm, task and version by the same walk in factors of two, on seeds that are not "
+        "judged and a fifth of the training part held out. Imbalanced: class 8 keeps 8 of about "
+        "140 digits, 18 of 270 recordings, or 333 of 5,000 images; test parts stay balanced. cpu: "
+        "handwritten digits, a perceptron 64-64-10, batch 32, 12 epochs. gpu: CIFAR-10, ResNet-18 "
+        "with a stride-2 stem, batch 512, 30 epochs, mirrored and shifted images, weight decay "
+        "5e-4; some arms see the balanced version only and tuning runs last 3 epochs, to fit the "
+        "time. At both, five of the arms: spoken digits (FSDD, its own split, speakers shared), "
+        "log spectrograms of 16 bands by 16 moments of the first half second, two convolutions of "
+        "16 and 32 channels and a linear layer, batch 64, 6 epochs. The arms called paper follow "
+        "its protocol: learning rate 0.005 throughout, no decay, no augmentation, batches cut by "
+        "index. Batch-norm statistics are estimated anew before every evaluation."
     ),
     arms={name: _arm(name) for name in FEEDS},
     metrics=(
@@ -423,23 +381,13 @@ STUDY = Study(
         Metric("accuracy_rare", "test accuracy, one class rare", "higher", "%", 2),
         Metric("recall_rare", "recall of the rare class", "higher", "%", 1),
         Metric("updates_to_target", "updates to target accuracy", "lower", "% of budget", 0),
+        Metric("spoken_accuracy", "spoken: test accuracy", "higher", "%", 2),
+        Metric("spoken_accuracy_rare", "spoken: test accuracy, one class rare", "higher", "%", 2),
+        Metric("spoken_recall_rare", "spoken: recall of the rare class", "higher", "%", 1),
     ),
-    comparisons=(
-        Comparison("batch 0.5", "shuffled", "accuracy"),
-        Comparison("batch 0.5", "shuffled", "recall_rare"),
-        Comparison("batch 0.5", "fixed order", "accuracy", claim=False),
-        Comparison("batch 0.5", "shuffled", "updates_to_target", claim=False),
-        Comparison("batch 0.5", "shuffled", "accuracy_rare", claim=False),
-        Comparison("batch 0.5", "class-balanced", "recall_rare", claim=False),
-        Comparison("sample 0.3", "shuffled", "accuracy", claim=False),
-        Comparison("sample 0.3", "shuffled", "recall_rare", claim=False),
-        Comparison("sample 0.3", "class-balanced", "recall_rare", claim=False),
-        Comparison("sample 0.3", "class-balanced", "accuracy_rare", claim=False),
-        Comparison("sample 0.3", "infobatch-like", "accuracy", claim=False),
-        Comparison("paper 0.5", "paper 1.0", "accuracy", claim=False),
-    ),
+    comparisons=(*_COMPARISONS, *_SPOKEN_COMPARISONS),
     seeds={"smoke": 1, "cpu": 10, "gpu": 3},
-    data=("digits",),
+    data=("digits", "fsdd"),
     prepare=_prepare,
     figure=_draw,
 )
