@@ -10,7 +10,7 @@ import wave
 import numpy as np
 import pytest
 
-from batchery import datasets
+from batchery import dataset_readers, datasets
 from batchery.datasets import CorruptData, Dataset, File, MissingData, UnknownData
 
 CONTENT = bytes(range(256)) * 1000
@@ -195,8 +195,10 @@ def test_recordings_are_read_and_digested_whatever_the_archive(tmp_path):
                 entry = tarfile.TarInfo(f"top/recordings/{name}")
                 entry.size, entry.mtime = len(rows[name]), number
                 archive.addfile(entry, io.BytesIO(rows[name]))
-    assert datasets._recordings_digest(paths[0]) == datasets._recordings_digest(paths[1])
-    data = datasets._speech(datasets._recordings(paths[0]))
+    assert dataset_readers.recordings_digest(paths[0]) == dataset_readers.recordings_digest(
+        paths[1]
+    )
+    data = dataset_readers.speech(dataset_readers.recordings(paths[0]))
     assert [w.tolist() for w in data["waves"]] == [[5], [1, -2]]
     assert data["labels"].tolist() == [0, 3]
     assert data["test"].tolist() == [True, False]
@@ -210,7 +212,7 @@ def test_cifar10_binary_rows(tmp_path):
             entry = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
             entry.size = len(row)
             archive.addfile(entry, io.BytesIO(row))
-    data = datasets._cifar10_binary([tmp_path / "c.tar.gz"])
+    data = dataset_readers.cifar10_binary([tmp_path / "c.tar.gz"])
     assert data["x_train"].shape == (5, 32, 32, 3)
     assert data["y_test"].tolist() == [7]
     assert data["x_test"][0, 1, 2].tolist() == [int(image[c * 1024 + 34]) for c in range(3)]

@@ -8,24 +8,18 @@ truncated or changed file is an error with a name, never a silent change of a re
 From the command line: `batchery data`, `batchery data mnist gsm8k`.
 """
 
-import hashlib
-import io
 import json
 import os
-import sysconfig
 import tarfile
 import urllib.error
 import urllib.request
-import wave
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from batchery._core.state import atomic_write, cache_folder
-from batchery._core.validate import import_extra
+from batchery import dataset_readers as read
+from batchery._core.state import atomic_write, cache_folder, file_digest
 
 Parser = Callable[[Sequence[Path]], Any]
 
@@ -66,131 +60,9 @@ class Dataset:
     sources: tuple[tuple[tuple[File, ...], Parser], ...]
 
 
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _recordings_digest(path: Path) -> str:
-    """Digest the recordings in an archive: the archive's own bytes differ from day to day."""
-    digest = hashlib.sha256()
-    for name, data in sorted(_recordings(path)):
-        digest.update(name.encode() + b"\0" + data)
-    return digest.hexdigest()
-
-
-def _recordings(path: Path) -> list[tuple[str, bytes]]:
-    found = []
-    with tarfile.open(path) as archive:
-        for member in archive:
-            file = archive.extractfile(member) if member.name.endswith(".wav") else None
-            if file is not None:
-                found.append((member.name.rsplit("/", 1)[-1], file.read()))
-    return found
-
-
 def _single(name: str, sha256: str, url: str, parse: Parser) -> Any:
     """Return the sources of a data set that is one file at one address."""
     return (((File(name, sha256, url),), parse),)
-
-
-def _text(paths: Sequence[Path]) -> str:
-    return "".join(path.read_text("utf-8") for path in paths)
-
-
-def _train_test_jsonl(paths: Sequence[Path]) -> dict[str, list[dict[str, str]]]:
-    names = ("train", "test")
-    return {
-        name: [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        for name, path in zip(names, paths, strict=True)
-    }
-
-
-def _mnist(paths: Sequence[Path]) -> dict[str, np.ndarray]:
-    with np.load(paths[0], allow_pickle=False) as arrays:
-        found = {name: arrays[name] for name in ("x_train", "x_test")}
-        return found | {name: arrays[name].astype(np.int64) for name in ("y_train", "y_test")}
-
-
-def _cifar10_jpeg(paths: Sequence[Path]) -> dict[str, np.ndarray]:
-    """Decode both splits; the arrays are kept in the cache, since decoding takes seconds."""
-    kept = cache_folder() / f"cifar10.{file_digest(paths[0])[:16]}.npz"
-    if not kept.is_file():
-        parquet = import_extra("pyarrow.parquet", "data", "data set 'cifar10'")
-        image = import_extra("PIL.Image", "data", "data set 'cifar10'")
-        arrays: dict[str, np.ndarray] = {}
-        for split, path in zip(("train", "test"), paths, strict=True):
-            table = parquet.read_table(path)
-            rows = (row["bytes"] for row in table["image"].to_pylist())
-            pixels = [np.asarray(image.open(io.BytesIO(row)).convert("RGB")) for row in rows]
-            arrays[f"x_{split}"] = np.stack(pixels)
-            arrays[f"y_{split}"] = table["label"].to_numpy().astype(np.int64)
-        atomic_write(kept, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
-    with np.load(kept, allow_pickle=False) as stored:
-        return {name: stored[name] for name in stored.files}
-
-
-def _cifar10_binary(paths: Sequence[Path]) -> dict[str, np.ndarray]:
-    batches: dict[str, bytes] = {}
-    with tarfile.open(paths[0]) as archive:
-        for member in archive:
-            file = archive.extractfile(member) if member.name.endswith(".bin") else None
-            if file is not None:
-                batches[member.name.rsplit("/", 1)[-1]] = file.read()
-    train = b"".join(batches[f"data_batch_{k}.bin"] for k in range(1, 6))
-    found = {}
-    for split, data in (("train", train), ("test", batches["test_batch.bin"])):
-        rows = np.frombuffer(data, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
-        found[f"x_{split}"] = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).copy()
-        found[f"y_{split}"] = rows[:, 0].astype(np.int64)
-    return found
-
-
-def _digits(paths: Sequence[Path]) -> dict[str, np.ndarray]:
-    sklearn = import_extra("sklearn.datasets", "study", "data set 'digits'")
-    x, y = sklearn.load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(x))
-    x, y = x[order].astype(np.float32) / 16, y[order].astype(np.int64)
-    return {"x_train": x[:1437], "y_train": y[:1437], "x_test": x[1437:], "y_test": y[1437:]}
-
-
-def _speech(recordings: Sequence[tuple[str, bytes]]) -> dict[str, Any]:
-    waves, labels, speakers, test = [], [], [], []
-    for name, data in sorted(recordings):
-        label, speaker, index = name.removesuffix(".wav").split("_")
-        with wave.open(io.BytesIO(data)) as sound:
-            waves.append(np.frombuffer(sound.readframes(sound.getnframes()), np.int16))
-        labels.append(int(label))
-        speakers.append(speaker)
-        test.append(int(index) < 5)  # the repository's own split
-    return {
-        "waves": waves,
-        "labels": np.array(labels, np.int64),
-        "speakers": np.array(speakers),
-        "test": np.array(test),
-    }
-
-
-def _fsdd_parquet(paths: Sequence[Path]) -> dict[str, Any]:
-    parquet = import_extra("pyarrow.parquet", "data", "data set 'fsdd'")
-    rows = parquet.read_table(paths[0], columns=["audio"])["audio"].to_pylist()
-    return _speech([(row["path"].rsplit("/", 1)[-1], row["bytes"]) for row in rows])
-
-
-def _stdlib_text(paths: Sequence[Path]) -> str:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    files = [
-        path
-        for path in root.rglob("*.py")
-        if not skipped.intersection(path.relative_to(root).parts)
-    ]
-    texts = (path.read_bytes().decode("utf-8", "replace") for path in sorted(files))
-    return "\n".join(texts)
 
 
 _GSM8K = (
@@ -209,6 +81,10 @@ _AZURE = (
     "https://raw.githubusercontent.com/Azure/AzurePublicDataset/"
     "b469a113cedca53ddc3bdea71a143dc4b7d8700c/data/AzureLLMInferenceTrace_conv.csv"
 )
+_MINILM = (
+    "https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2/resolve/"
+    "1110a243fdf4706b3f48f1d95db1a4f5529b4d41/"
+)
 _MNIST = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz"
 _CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 
@@ -217,13 +93,13 @@ _ALL = (
         "stdlib-text",
         "source of Python's standard library, one text; every machine has it",
         "PSF-2.0",
-        (((), _stdlib_text),),
+        (((), read.stdlib_text),),
     ),
     Dataset(
         "digits",
         "1,797 handwritten digits of 8 x 8, shuffled once; part of scikit-learn",
         "CC BY 4.0",
-        (((), _digits),),
+        (((), read.digits),),
     ),
     Dataset(
         "cifar10",
@@ -241,7 +117,7 @@ _ALL = (
                         "d9b2e819e87cdc9e319d306fac036ccf4bfb870779eaf51c82c80fb20bc1a726",
                     ),
                 ),
-                _cifar10_jpeg,
+                read.cifar10_jpeg,
             ),
             (
                 (
@@ -251,7 +127,7 @@ _ALL = (
                         _CIFAR10,
                     ),
                 ),
-                _cifar10_binary,
+                read.cifar10_binary,
             ),
         ),
     ),
@@ -267,7 +143,7 @@ _ALL = (
                         "06af5dfe73b70e3bc1c36439982b18a8d76803db9b544f6fdf838a37fbb01b64",
                     ),
                 ),
-                _mnist,
+                read.mnist,
             ),
             (
                 (
@@ -277,7 +153,7 @@ _ALL = (
                         _MNIST,
                     ),
                 ),
-                _mnist,
+                read.mnist,
             ),
         ),
     ),
@@ -299,7 +175,7 @@ _ALL = (
                         _GSM8K + "test.jsonl",
                     ),
                 ),
-                _train_test_jsonl,
+                read.train_test_jsonl,
             ),
         ),
     ),
@@ -311,7 +187,7 @@ _ALL = (
             "text/tinyshakespeare.txt",
             "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
             _SHAKESPEARE,
-            _text,
+            read.text,
         ),
     ),
     Dataset(
@@ -326,7 +202,7 @@ _ALL = (
                         "77ad9e07fe13d56be92839c9fd579b7d3258c69ea1b7147b122ab50c5f27eff2",
                     ),
                 ),
-                _fsdd_parquet,
+                read.fsdd_parquet,
             ),
             (
                 (
@@ -334,10 +210,10 @@ _ALL = (
                         "audio/fsdd.tar.gz",
                         "6b1a8e30f4df78a933fe25cf1ca0140c8c6f169c0a83649a15b70a5ae7407014",
                         _FSDD,
-                        _recordings_digest,
+                        read.recordings_digest,
                     ),
                 ),
-                lambda paths: _speech(_recordings(paths[0])),
+                lambda paths: read.speech(read.recordings(paths[0])),
             ),
         ),
     ),
@@ -349,7 +225,34 @@ _ALL = (
             "traces/AzureLLMInferenceTrace_conv.csv",
             "2f1e5b666d4e3055fdbba98598ce2ec307767b9064e03e2fa46676dbcc7d0bf8",
             _AZURE,
-            _text,
+            read.text,
+        ),
+    ),
+    Dataset(
+        "minilm",
+        "all-MiniLM-L6-v2, a sentence encoder: configuration, weights and tokenizer",
+        "Apache-2.0",
+        (
+            (
+                tuple(
+                    File(f"models/all-MiniLM-L6-v2/{name}", digest, _MINILM + name)
+                    for name, digest in (
+                        (
+                            "config.json",
+                            "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+                        ),
+                        (
+                            "model.safetensors",
+                            "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+                        ),
+                        (
+                            "tokenizer.json",
+                            "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+                        ),
+                    )
+                ),
+                read.folder,
+            ),
         ),
     ),
 )
@@ -378,7 +281,7 @@ def load(name: str) -> Any:
     Text sets give a string. Image sets give a dict of arrays `x_train`, `y_train`, `x_test`,
     `y_test` (uint8 `[n, 28, 28]` or `[n, 32, 32, 3]`, int64 `[n]`; digits: float32 `[n, 64]` in
     [0, 1]). `gsm8k` gives `{"train": [...], "test": [...]}` of records, `fsdd` a dict with `waves`
-    (int16 arrays), `labels`, `speakers` and the mask `test`.
+    (int16 arrays), `labels`, `speakers` and the mask `test`, `minilm` the folder of its files.
 
     Raises:
         UnknownData: there is no such data set.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that are whole or absent, where they may be kept, and saved states that do not fit."""
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -53,3 +54,12 @@ def check_fits(owner: str, saved: Mapping[str, Any], current: Mapping[str, Any])
             raise ValueError(
                 f"{owner}: the saved state has {name}={saved[name]!r}, this object {name}={value!r}"
             )
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

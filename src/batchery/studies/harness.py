@@ -28,7 +28,16 @@ import torch
 
 from batchery._core.state import atomic_write
 from batchery._core.validate import integer, one_of
-from batchery.studies.study import SCALES, Outcome, Scale, Study, Trial, compare, overall
+from batchery.studies.study import (
+    SCALES,
+    Outcome,
+    Scale,
+    Study,
+    Trial,
+    compare,
+    not_compared,
+    overall,
+)
 
 Progress = Callable[[str, float], None]
 Result = dict[str, Any]
@@ -171,10 +180,15 @@ def run_study(
         device = torch.device("cuda" if scale == "gpu" else "cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"{owner}: scale {scale!r} on device {device} needs CUDA, none is here")
+    left_out = dict(study.left_out(scale))
+    for arm, why in left_out.items():
+        one_of(owner, "left_out", arm, study.arms)
+        on_progress(f"{study.slug} · {arm} left out: {why}", 0.0)
+    arms = {arm: function for arm, function in study.arms.items() if arm not in left_out}
     with _threads(study.threads):
         where = environment(device)
         kept = _KeptRuns(_runs_folder(results, study.slug, scale), where)
-        total = len(study.arms) * count + (study.prepare is not None)
+        total = len(arms) * count + (study.prepare is not None)
         done = 0
 
         def execute(label: str, seed: int, function: Callable[[Trial], Any]) -> dict[str, Any]:
@@ -197,12 +211,12 @@ def run_study(
             preparation = execute("prepare", 0, study.prepare)
             prepared = preparation["value"]
         # Seed by seed, so that an early stop leaves complete pairs.
-        runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in study.arms}
+        runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
         for seed in range(count):
-            for arm, function in study.arms.items():
+            for arm, function in arms.items():
                 runs[arm].append({"seed": seed, **execute(arm, seed, function)})
 
-    result = _assemble(study, scale, runs)
+    result = _assemble(study, scale, runs, left_out)
     result |= {"date": started.isoformat(timespec="seconds"), "environment": where}
     result["prepared"] = preparation
     atomic_write(result_path(results, study.slug, scale), to_json(result).encode())
@@ -292,7 +306,9 @@ def _throttled(report: Callable[[float], None]) -> Callable[[int, int], None]:
     return tick
 
 
-def _assemble(study: Study, scale: Scale, runs: dict[str, list[dict[str, Any]]]) -> Result:
+def _assemble(
+    study: Study, scale: Scale, runs: dict[str, list[dict[str, Any]]], left_out: dict[str, str]
+) -> Result:
     """Summarise the runs, judge every comparison, and conclude."""
     values: dict[str, dict[str, list[float]]] = {}
     arms: list[dict[str, Any]] = []
@@ -318,7 +334,12 @@ def _assemble(study: Study, scale: Scale, runs: dict[str, list[dict[str, Any]]])
     comparisons = []
     for comparison in study.comparisons:
         metric = study.metric(comparison.metric)
-        pair = [values[arm].get(metric.name) for arm in (comparison.arm, comparison.baseline)]
+        both = (comparison.arm, comparison.baseline)
+        absent = [f"{arm} left out: {left_out[arm]}" for arm in both if arm in left_out]
+        if absent:
+            comparisons.append(not_compared(comparison, absent[0]))
+            continue
+        pair = [values[arm].get(metric.name) for arm in both]
         if pair[0] is None or pair[1] is None:
             raise ValueError(f"study {study.slug}: {comparison} needs {metric.name} of both arms")
         comparisons.append(compare(comparison, metric, pair[0], pair[1]))
@@ -334,6 +355,7 @@ def _assemble(study: Study, scale: Scale, runs: dict[str, list[dict[str, Any]]])
         "metrics": [vars(metric) for metric in study.metrics],
         "comparisons": comparisons,
         "arms": arms,
+        "left_out": left_out,
     }
 
 

@@ -17,8 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from batchery._core.state import cache_folder
-from batchery.datasets import file_digest
+from batchery._core.state import cache_folder, file_digest
 
 _MANIFEST = "manifest.json"
 

@@ -114,7 +114,8 @@ def provenance(result: Result) -> str:
     commit = where["commit"] or f"source {where['source']}"
     seeds = len(result["arms"][0]["runs"])
     made = [f"{where['device']}, {where['threads']} threads", versions, commit, result["date"][:10]]
-    return "; ".join([*made, f"{seeds} seed{'s' if seeds > 1 else ''}"])
+    without = [f"without {arm}" for arm in result.get("left_out", {})]
+    return "; ".join([*made, f"{seeds} seed{'s' if seeds > 1 else ''}", *without])
 
 
 def results_markdown(results: Path, slug: str) -> str:

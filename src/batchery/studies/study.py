@@ -111,6 +111,8 @@ class Study:
         data: names of the data sets it needs (`batchery.datasets`).
         prepare: runs once before the arms (with seed 0); its JSON-able result reaches every trial
             as `prepared` and is stored. Tuning that is the same for every arm belongs here.
+        left_out: tells of a scale which arms cannot run on this machine, and why: for instance for
+            want of published weights. The result names them; their comparisons cannot be shown.
         threads: CPU threads to compute with. Operations of small models take less time than two
             threads take to meet; a study of large ones sets None for all there are.
         figure: draws the study's figure from the result's JSON; None draws the headline metric.
@@ -125,6 +127,7 @@ class Study:
     seeds: Mapping[Scale, int]
     data: Sequence[str] = ()
     prepare: Callable[[Trial], dict[str, Any]] | None = None
+    left_out: Callable[[Scale], Mapping[str, str]] = lambda scale: {}
     threads: int | None = 1
     figure: "Callable[[Figure, dict[str, Any]], None] | None" = None
 
@@ -179,13 +182,19 @@ def compare(
             reason = f"the interval straddles {bar:g} with {len(gains)} seeds"
     base = statistics.fmean(baseline)
     return {
-        **{name: getattr(comparison, name) for name in Comparison.__dataclass_fields__},
+        **vars(comparison),
         "effect": effect,
         "interval": interval,
         "relative": effect / abs(base) if base and math.isfinite(base) else None,
         "verdict": verdict,
         "reason": reason,
     }
+
+
+def not_compared(comparison: Comparison, reason: str) -> dict[str, Any]:
+    """Return the record of a comparison, as of `compare`, one of whose arms did not run."""
+    unknown = {"effect": None, "interval": None, "relative": None}
+    return {**vars(comparison), **unknown, "verdict": UNSHOWN, "reason": reason}
 
 
 def overall(scale: Scale, comparisons: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
