@@ -63,12 +63,14 @@ class KernelProblem:
         public: what users call, with x and keywords; "impl" among them.
         exact: the result for x in float64, by the equation.
         width: columns of x.
+        gated: whether the result is a product of two.
     """
 
     kernel: Callable[[torch.Tensor], torch.Tensor]
     public: Callable[..., torch.Tensor]
     exact: Callable[[torch.Tensor], torch.Tensor]
     width: int
+    gated: bool
 
 
 def objects(kind: str) -> list[str]:
@@ -140,7 +142,7 @@ def _w4a16(variant, device):
     def public(x, **kinds):
         return w4a16_matmul(x, packed, **kinds)
 
-    return KernelProblem(kernel, public, wanted, k)
+    return KernelProblem(kernel, public, wanted, k, gated)
 
 
 CASES = {

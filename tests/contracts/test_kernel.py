@@ -41,7 +41,8 @@ def check_result(problem, x):
     assert y.device == x.device
     assert y.shape == wanted.shape
     error = (y.double() - wanted).norm() / wanted.norm()
-    assert float(error) <= TOLERANCE[x.dtype]
+    # A gated product has the errors of two, which the wide kernels round before.
+    assert float(error) <= TOLERANCE[x.dtype] * (1.5 if problem.gated else 1)
 
 
 def check_bits(problem, x, runs):
@@ -137,7 +138,7 @@ def test_bad_arguments_are_named(case):
 
 
 def broken(kernel):
-    return KernelProblem(kernel, kernel, lambda x: x.double().sum(1, keepdim=True), 8)
+    return KernelProblem(kernel, kernel, lambda x: x.double().sum(1, keepdim=True), 8, False)
 
 
 def test_the_suite_catches_a_kernel_that_mixes_rows():

@@ -26,7 +26,7 @@ def give_grads(params, seed, scale=1.0):
     generator = torch.Generator().manual_seed(100 + seed)
     for p in params:
         drawn = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-        p.grad = (drawn * scale).to(p.dtype)
+        p.grad = (drawn * scale).to(p)
 
 
 def trajectory(optimizer, params, steps=5, scale=1.0):

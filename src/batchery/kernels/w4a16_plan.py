@@ -10,7 +10,7 @@ import math
 from functools import lru_cache
 
 from batchery.kernels.multi_tensor import triton
-from batchery.kernels.w4a16_layout import WIDEST
+from batchery.kernels.w4a16_layout import CHUNK, WIDEST
 from batchery.kernels.w4a16_tiles import Tile
 from batchery.kernels.w4a16_wide import Share, Wide
 
@@ -42,6 +42,8 @@ NARROW: tuple[Plan, ...] = (
     (64, Tile(64, 64, stages=3, scale_weights=True), 2, 6, 0),
     *TILES[4:],
 )
+# Where tiles of 64 rows of W are three for each processor or more.
+TALL: tuple[Plan, ...] = ((8, Tile(8, 64, stages=3), 4, 1, 0.75), *TILES[1:])
 INVARIANT = (2, 3, 0)
 MOST_SPLIT = 16
 
@@ -88,7 +90,10 @@ def plan_tiles(
         processors: of the device.
         invariant: let nothing depend on `batch` but the tile's width.
     """
-    plans = NARROW if rows // WIDEST * 8 <= processors * 3 else TILES
+    if rows // WIDEST * 8 <= processors * 3:
+        plans = NARROW
+    else:
+        plans = TALL if rows // CHUNK >= processors * 3 else TILES
     _, tile, held, lost, added = next((entry for entry in plans if batch <= entry[0]), plans[-1])
     if invariant:
         width = max(16, min(INVARIANT_BATCH, triton.next_power_of_2(batch)))

@@ -41,6 +41,7 @@ __all__ = [
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 STACKS = ("gate_up_proj", "down_proj")
+# What older versions of transformers do not say of a stack is so.
 USUAL = {
     "has_gate": True,
     "has_bias": False,
@@ -123,7 +124,7 @@ def is_stacked(module: nn.Module) -> bool:
     own = getattr(type(module), "_apply_gate", None)
     return (
         all(stack is not None and stack.dim() == 3 for stack in stacks)
-        and all(getattr(module, name, None) is value for name, value in USUAL.items())
+        and all(getattr(module, name, value) is value for name, value in USUAL.items())
         and getattr(own, "__module__", "") == COMMON
     )
 
