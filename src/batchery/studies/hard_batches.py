@@ -386,7 +386,7 @@ STUDY = Study(
         Metric("spoken_recall_rare", "spoken: recall of the rare class", "higher", "%", 1),
     ),
     comparisons=(*_COMPARISONS, *_SPOKEN_COMPARISONS),
-    seeds={"smoke": 1, "cpu": 10, "gpu": 3},
+    seeds={"smoke": 1, "cpu": 8, "gpu": 3},
     data=("digits", "fsdd"),
     prepare=_prepare,
     figure=_draw,

@@ -46,7 +46,7 @@ class Size:
 
 # A task is named by what stands before the names of its metrics.
 SPOKEN = "spoken_"
-_RECORDINGS = Size("fsdd", "cnn", 64, 6, 18, None, 0.2, 2, 6, 1, False)
+_RECORDINGS = Size("fsdd", "cnn", 64, 6, 18, None, 0.2, 1, 6, 1, False)
 SIZES: dict[Scale, dict[str, Size]] = {
     "smoke": {
         "": Size("digits", "perceptron", 32, 2, 8, 80.0, 0.05, 1, 1, 2, False),
@@ -54,7 +54,7 @@ SIZES: dict[Scale, dict[str, Size]] = {
         SPOKEN: Size("digits", "cnn", 64, 1, 8, None, 0.05, 1, 1, 1, False),
     },
     "cpu": {
-        "": Size("digits", "perceptron", 32, 12, 8, 95.0, 0.1, 3, 12, 2, False),
+        "": Size("digits", "perceptron", 32, 12, 8, 95.0, 0.1, 2, 12, 2, False),
         SPOKEN: _RECORDINGS,
     },
     "gpu": {
