@@ -11,6 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from datetime import date
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     cuda = device.type == "cuda"
-    found: dict[str, Any] = {"torch": torch.__version__}
+    found: dict[str, Any] = {"date": date.today().isoformat(), "torch": torch.__version__}
     if cuda:
         found["device"] = torch.cuda.get_device_name(device)
     for batch in (32, 512):

@@ -11,6 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device = torch.device(options.device)
-    found: dict[str, Any] = {"torch": torch.__version__}
+    found: dict[str, Any] = {"date": date.today().isoformat(), "torch": torch.__version__}
     cpu = torch.device("cpu")
     found["numbers"] = compare_steps(cpu, False, options.repeats)
     if device.type == "cuda":
