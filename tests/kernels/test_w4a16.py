@@ -357,7 +357,8 @@ def test_activations_may_lie_anyhow_and_change_their_place(m):
     weight, w = pack_w4(q, scales, zeros), by_the_equation(q, scales, zeros)
     wide = activations(m, 1032, torch.float16, "cuda")
     for _ in range(2):  # the second time without Triton's search for the compiled form
-        for x in (wide[:, :1024], wide[:, 8:], wide[:, 1:1025], wide[:, 8:].contiguous()):
+        moved = wide[:, 8:].contiguous()
+        for x in (wide[:, :1024], wide[:, 8:], wide[:, 1:1025], moved, moved[:1].expand(m, -1)):
             assert_close(w4a16_matmul(x, weight), oracle(x, w))
 
 

@@ -63,6 +63,7 @@ FORMS = {
 }
 
 
+@lru_cache(maxsize=4096)
 def is_wide(batch: int, words: int) -> bool:
     """Say whether the wide kernels are faster than the tiles, where they can run.
 

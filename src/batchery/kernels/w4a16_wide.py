@@ -77,8 +77,10 @@ def fits(x: Tensor, weight: PackedW4) -> bool:
     """Say whether the kernel can take x `(M, K)` and this weight."""
     if gluon is None or not x.is_cuda or x.dtype not in (torch.float16, torch.bfloat16):
         return False
-    aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
-    return aligned and weight.words.data_ptr() % 16 == 0 and _is_hopper(x.device)
+    pitch, step = x.stride()
+    apart = step == 1 and pitch >= x.shape[1] and pitch % 8 == 0
+    aligned = x.data_ptr() % 16 == 0 and weight.words.data_ptr() % 16 == 0
+    return apart and aligned and _is_hopper(x.device)
 
 
 @cache
