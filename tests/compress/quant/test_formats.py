@@ -350,7 +350,7 @@ def test_a_config_that_is_written_is_read_alike(form, size, act_order):
         ({**CONFIG, "quant_method": "hqq"}, "quant_method must be one of"),
         ({**CONFIG, "checkpoint_format": "bitblas"}, "checkpoint_format must be one of"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version must be one of 'gemm'"),
-        ({**CT_CONFIG, "format": "marlin-24"}, "format must be one of 'pack-quantized'"),
+        ({**CT_CONFIG, "format": "int-quantized"}, "format must be one of 'pack-quantized'"),
         ({**CT_CONFIG, "config_groups": {}}, "config_groups must name a group"),
         ({}, "quant_method must be one of"),
     ],

@@ -8,6 +8,7 @@ from .formats import unpack_compressed_tensors as unpack_compressed_tensors
 from .formats import unpack_gptq as unpack_gptq
 from .formats_marlin import pack_marlin as pack_marlin
 from .formats_marlin import unpack_marlin as unpack_marlin
+from .formats_marlin import unpack_marlin_24 as unpack_marlin_24
 from .gptq import GPTQ as GPTQ
 from .kept_blocks import LayerReport as LayerReport
 from .linear import QuantLinear as QuantLinear

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MARLIN's own layout of a symmetric four-bit weight, read and written for its users.
+"""MARLIN's own layouts of a symmetric four-bit weight, dense and 2:4, for its users.
 
-Use it to exchange weights with MARLIN's CUDA kernel; ours reads none of it.
+Use it to exchange weights with MARLIN's CUDA kernels; ours read none of it. The 2:4 one is read
+alone: vLLM and compressed-tensors are giving it up.
 
 The weight is taken as K×N and cut into 16×16 tiles. Four tiles side by side are 1024 values, which
 go in the order in which 32 threads hold the fragments of a matrix instruction: thread t has, of
@@ -12,7 +13,21 @@ word, evens before odds. So a thread reads four words at once.
     s  float16 [K/G, N], each 64 columns transposed as 8×8; with one group, each 32 columns in the
        order of an instruction's accumulators
 
-Reference: Frantar et al., MARLIN, arXiv 2408.11743 (2024).
+2:4 weights keep two of every four columns k: a value each, and where it stood, in two bits. Here
+the weight is the sparse left operand of an instruction of 16 rows and 32 columns. 64 rows are four
+instructions j = 0…3, whose row r is row 8(r % 8) + 4(r // 8) + j. Thread t has of each
+rows t // 4 and 8 + t // 4, of the 16 columns that are left 2(t % 4) + (0, 1, 8, 9).
+
+    B_24    int32 [K/32, 2 N]   as above, a word of thread t for each j
+    B_meta  int16 [K/32, 2 N]   16 columns of a row each, four bits for every four: the first place
+                                kept, then the second; in the order of the pairs of instructions
+    s       float16 [K/G, N]    each 8 rows in the order 0, 4, 1, 5, 2, 6, 3, 7; as they are with
+                                one group
+
+compressed-tensors ("marlin-24") names them weight_packed, meta and scale_packed.
+
+Reference: Frantar et al., MARLIN, arXiv 2408.11743 (2024); for 2:4 the layouts of Sparse-MARLIN,
+vLLM and compressed-tensors.
 """
 
 from collections.abc import Mapping
@@ -23,13 +38,15 @@ from torch import Tensor
 
 from batchery._core.validate import require
 from batchery.compress.quant.formats import Reader, from_words, half_scales, to_words
-from batchery.compress.quant.weight import QuantizedWeight
+from batchery.compress.quant.weight import MIDDLE, QuantizedWeight
 
-__all__ = ["pack_marlin", "unpack_marlin"]
+__all__ = ["pack_marlin", "unpack_marlin", "unpack_marlin_24"]
 
 TILE = 16
 ROWS, COLUMNS = 256, 128  # what its kernel takes multiples of
 GROUP = 128
+NAMES_24 = ("B_24", "B_meta", "s")
+COMPRESSED_24 = ("weight_packed", "meta", "scale_packed")
 
 
 @cache
@@ -97,6 +114,77 @@ def unpack_marlin(tensors: Mapping[str, Tensor], *, where: str = "") -> Quantize
     nibbles = _reordered(from_words(words), weight_order().to(words.device))
     tiles = nibbles.view(k // TILE, n // TILE, TILE, TILE).transpose(1, 2)
     return read.weight(tiles.reshape(k, n).t(), scales.t(), None, k, "s", None)
+
+
+def unpack_marlin_24(tensors: Mapping[str, Tensor], *, where: str = "") -> QuantizedWeight:
+    """Read a 2:4 layer of four bits; what is pruned has q = 8.
+
+    Args:
+        tensors: `B_24`, `B_meta` and `s`, or `weight_packed`, `meta` and `scale_packed`, N a
+            multiple of 64 and K of 32, groups of 128 or K.
+        where: the layer and its file, for errors.
+
+    Raises:
+        ValueError: a tensor is missing or does not fit, or the metadata name a pair of columns that
+            is none; compressed-tensors' file has K = 256 in two groups, whose scales it leaves in
+            another order than the kernel reads.
+
+    Example:
+        >>> nines = torch.full((1, 128), 0x99999999 - 2**32, dtype=torch.int32)
+        >>> first_two = torch.full((1, 128), 0x4444, dtype=torch.int16)
+        >>> layer = {"B_24": nines, "B_meta": first_two, "s": torch.ones(1, 64)}
+        >>> unpack_marlin_24(layer).q[0, :8]
+        tensor([9, 9, 8, 8, 9, 9, 8, 8], dtype=torch.uint8)
+    """
+    read = Reader("unpack_marlin_24", tensors, where)
+    compressed = COMPRESSED_24[0] in tensors
+    words_name, meta_name, scales_name = COMPRESSED_24 if compressed else NAMES_24
+    words = read.words(words_name)
+    steps, width = words.shape
+    k, n = 2 * TILE * steps, width // 2
+    read.require(width % 128 == 0, words_name, "must have a multiple of 128 columns", width)
+    meta = read.shaped(meta_name, (steps, width))
+    read.require(meta.dtype == torch.int16, meta_name, "must be int16", meta.dtype)
+    scales = read.scales(scales_name, axis=1, n=n)
+    groups = len(scales)
+    whole = groups == 1 or groups * GROUP == k
+    read.require(whole, scales_name, f"must be of groups of {GROUP} or {k} columns", groups)
+    known = not (compressed and k == 2 * GROUP and groups == 2)
+    rule = "must not be two groups: its writer and the kernel disagree on their order"
+    read.require(known, scales_name, rule, groups)
+    if groups > 1:
+        scales = scales.reshape(groups, -1, 4, 2).transpose(2, 3).reshape(groups, n)
+    first, second = _places(read, meta_name, meta)
+    kept = _kept(words)
+    q = [
+        torch.where(
+            first == place, kept[..., 0], torch.where(second == place, kept[..., 1], MIDDLE)
+        )
+        for place in range(4)
+    ]
+    return read.weight(torch.stack(q, -1).view(n, k), scales.t(), None, k, scales_name, None)
+
+
+def _kept(words: Tensor) -> Tensor:
+    """Return the values that are left, uint8 `(N, K/4, 2)`."""
+    steps, width = words.shape
+    # step, 64 rows, t // 4, t % 4, instruction, odd column, upper row, upper column
+    held = from_words(words).view(steps, width // 128, 8, 4, 4, 2, 2, 2)
+    return held.permute(1, 2, 6, 4, 0, 7, 3, 5).reshape(width // 2, -1, 2)
+
+
+def _places(read: Reader, name: str, meta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which of every four columns are left, uint8 `(N, K/4)` twice."""
+    steps, width = meta.shape
+    # step, 64 rows, pair of instructions, row % 8, which of the pair, columns 0… or 16…, upper row
+    held = from_words(meta).view(steps, width // 128, 2, 8, 2, 2, 2, 4)
+    codes = held.permute(1, 3, 6, 2, 4, 0, 5, 7).reshape(width // 2, -1)
+    first, second = codes & 3, codes >> 2
+    wrong = first >= second
+    if bool(wrong.any()):
+        code = int(codes[wrong][0])
+        read.require(False, name, "must name two of four columns in order", (code & 3, code >> 2))
+    return first, second
 
 
 def _reordered(packed: Tensor, order: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a checkpoint's `quantization_config` says of its weights, and one layer read by it.
 
-`Scheme.parse` reads the configs of GPTQModel, AutoGPTQ, AutoAWQ, MARLIN and compressed-tensors, and
-refuses what is no four-bit weight with 16-bit activations. `Scheme.config` writes them.
-`Scheme.read` and `Scheme.write` go between the tensors of a layer and a `QuantizedWeight`.
+`Scheme.parse` reads the configs of GPTQModel, AutoGPTQ, AutoAWQ, MARLIN (2:4 too, as vLLM names it)
+and compressed-tensors, and refuses what is no four-bit weight with 16-bit activations.
+`Scheme.config` writes them. `Scheme.read` and `Scheme.write` go between the tensors of a layer and
+a `QuantizedWeight`.
 
 Which layers are quantised is not asked of the config: the tensors' names say it.
 """
@@ -25,7 +26,13 @@ from batchery.compress.quant.formats import (
     unpack_compressed_tensors,
     unpack_gptq,
 )
-from batchery.compress.quant.formats_marlin import pack_marlin, unpack_marlin
+from batchery.compress.quant.formats_marlin import (
+    COMPRESSED_24,
+    NAMES_24,
+    pack_marlin,
+    unpack_marlin,
+    unpack_marlin_24,
+)
 from batchery.compress.quant.weight import MIDDLE, QuantizedWeight
 
 __all__ = ["Format", "Scheme", "layers_of"]
@@ -35,12 +42,19 @@ FORMATS = get_args(Format)
 OWNER = "quantization_config"
 _VERSIONS: dict[str, Literal[1, 2]] = {"gptq_v1": 1, "gptq_v2": 2}
 
+# 2:4 MARLIN under vLLM's names and under those of compressed-tensors; both are read alone.
+MARLIN_24, CT_24 = "gptq_marlin_24", "marlin-24"
+SCALES_IN_ORDER = (0, 8)  # version of compressed-tensors
+METHODS = ("gptq", "awq", "compressed-tensors", "marlin", MARLIN_24)
+
 # The tensor that only a quantised layer has, and what else it may have.
 LEADING = {
     "gptq": "qweight",
     "awq": "qweight",
     "compressed-tensors": "weight_packed",
     "marlin": "B",
+    MARLIN_24: NAMES_24[0],
+    CT_24: COMPRESSED_24[0],
 }
 NAMES = {
     "gptq": ("qweight", "qzeros", "scales", "g_idx"),
@@ -50,6 +64,8 @@ NAMES = {
         *("weight_zero_point", "weight_g_idx"),
     ),
     "marlin": ("B", "s", "workspace"),
+    MARLIN_24: (*NAMES_24, "workspace"),
+    CT_24: COMPRESSED_24,
 }
 
 
@@ -58,7 +74,8 @@ class Scheme:
     """How all quantised layers of a checkpoint are stored.
 
     Attributes:
-        family: "gptq", "awq", "compressed-tensors" or "marlin".
+        family: "gptq", "awq", "compressed-tensors" or "marlin"; "gptq_marlin_24" or "marlin-24",
+            which are not written.
         version: of GPTQ's zeros, 1 or 2; None where the config does not say.
         group_sizes: allowed sizes of groups, -1 for one group a row; empty: any.
         symmetric: no zeros; None where the config does not say.
@@ -96,12 +113,14 @@ class Scheme:
         if form == "compressed-tensors" or (form == "auto" and method == "compressed-tensors"):
             return _parse_compressed_tensors(config)
         if form == "auto":
-            one_of(OWNER, "quant_method", method, ("gptq", "awq", "compressed-tensors", "marlin"))
+            one_of(OWNER, "quant_method", method, METHODS)
         bits = config.get("bits", config.get("w_bit", 4))
         require(bits == 4, OWNER, "bits", "must be 4", bits)
         stored = config.get("checkpoint_format", config.get("format"))
         marlin = method == "marlin" or stored == "marlin" or config.get("is_marlin_format")
         family = "marlin" if marlin else str(method)
+        if method == MARLIN_24 or stored == "marlin_24":
+            family = MARLIN_24
         version = _VERSIONS.get("gptq_v1" if stored == "gptq" else str(stored))
         if form != "auto":
             family, version = form.partition("_v")[0], _VERSIONS.get(form)
@@ -112,13 +131,14 @@ class Scheme:
             one_of(OWNER, "version", kind, ("gemm",))
         sizes = [config.get("group_size", config.get("q_group_size"))]
         sizes += [own.get("group_size") for own in (config.get("dynamic") or {}).values()]
-        return cls(
+        scheme = cls(
             family=family,
             version=version,
             group_sizes=tuple(sorted({int(size) for size in sizes if size is not None})),
-            symmetric=config.get("sym") if family == "gptq" else None,
+            symmetric=config.get("sym") if family in ("gptq", MARLIN_24) else None,
             act_order=bool(config.get("desc_act")),
         )
+        return _checked_24(scheme) if family == MARLIN_24 else scheme
 
     def config(self, kept: Iterable[str], *, lm_head: bool = False) -> dict[str, Any]:
         """Return the `quantization_config` that tools of the family write.
@@ -161,6 +181,8 @@ class Scheme:
             unpack = {
                 "awq": unpack_awq,
                 "marlin": unpack_marlin,
+                MARLIN_24: unpack_marlin_24,
+                CT_24: unpack_marlin_24,
                 "compressed-tensors": unpack_compressed_tensors,
             }[self.family]
             qw = unpack(tensors, where=where)
@@ -171,7 +193,14 @@ class Scheme:
         return qw
 
     def write(self, qw: QuantizedWeight) -> dict[str, Tensor]:
-        """Return the tensors of a layer, by their name within it."""
+        """Return the tensors of a layer, by their name within it.
+
+        Raises:
+            ValueError: the format cannot hold the weight, or is not written.
+        """
+        written = self.family not in (MARLIN_24, CT_24)
+        rule = "is not written: save_quantized writes other formats"
+        require(written, "save_pretrained", "format", rule, self.family)
         if self.family == "gptq":
             return pack_gptq(qw, version=self.version or 2)
         if self.family == "awq":
@@ -212,10 +241,11 @@ def _size(qw: QuantizedWeight) -> int:
 def _parse_compressed_tensors(config: Mapping[str, Any]) -> Scheme:
     groups = config.get("config_groups") or {}
     require(bool(groups), OWNER, "config_groups", "must name a group", groups)
-    sizes, symmetric = set(), set()
+    sizes, symmetric, kinds = set(), set(), set()
     for name, group in groups.items():
         kind = group.get("format") or config.get("format")
-        one_of(OWNER, f"{name}.format", kind, ("pack-quantized",))
+        one_of(OWNER, f"{name}.format", kind, ("pack-quantized", CT_24))
+        kinds.add(str(kind))
         weights = group.get("weights") or {}
         bits = weights.get("num_bits")
         integers = bits == 4 and weights.get("type", "int") == "int"
@@ -226,12 +256,39 @@ def _parse_compressed_tensors(config: Mapping[str, Any]) -> Scheme:
         one_of(OWNER, f"{name}.strategy", strategy, ("group", "channel"))
         sizes.add(int(weights["group_size"]) if strategy == "group" else -1)
         symmetric.add(bool(weights.get("symmetric", True)))
-    return Scheme(
-        "compressed-tensors",
+    require(len(kinds) == 1, OWNER, "format", "must be one for all groups", sorted(kinds))
+    sparse = kinds == {CT_24}
+    scheme = Scheme(
+        CT_24 if sparse else "compressed-tensors",
         group_sizes=tuple(sorted(sizes)),
         symmetric=symmetric.pop() if len(symmetric) == 1 else None,
         act_order=any((group["weights"].get("actorder") == "group") for group in groups.values()),
     )
+    if sparse:
+        _check_version_24(config.get("version"), sizes)
+    return _checked_24(scheme) if sparse else scheme
+
+
+def _checked_24(scheme: Scheme) -> Scheme:
+    """Return the scheme, or raise where 2:4 MARLIN cannot hold its weights."""
+    rule = "must be true: 2:4 MARLIN has no zeros"
+    require(scheme.symmetric is not False, OWNER, "symmetric", rule, scheme.symmetric)
+    in_order = not scheme.act_order or scheme.group_sizes == (-1,)
+    rule = "must be false: 2:4 MARLIN has no act-order"
+    require(in_order, OWNER, "act-order", rule, scheme.act_order)
+    return scheme
+
+
+def _check_version_24(version: str | None, sizes: set[int]) -> None:
+    """Refuse files whose scales may lie in the wrong order, which nothing in them would show.
+
+    Before 0.8, whether compressed-tensors brought the scales of groups into order depended on how
+    it was told of the groups; vLLM read such files wrongly. Before 0.7 it wrote no version.
+    """
+    found = re.match(r"(\d+)\.(\d+)", version or "")
+    recent = found is not None and (int(found[1]), int(found[2])) >= SCALES_IN_ORDER
+    rule = "must be 0.8 or later: before, scales of groups might lie in the wrong order"
+    require(recent or sizes == {-1}, OWNER, "version", rule, version)
 
 
 def _compressed_tensors_config(scheme: Scheme, size: int, kept: list[str]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from batchery.compress.quant.checkpoint import (
 )
 from batchery.compress.quant.experts import QuantExperts, layers_in_model
 from batchery.compress.quant.folder import SafetensorsFolder
-from batchery.compress.quant.scheme import Format, Scheme, layers_of
+from batchery.compress.quant.scheme import METHODS, Format, Scheme, layers_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,7 +56,6 @@ __all__ = ["disable_transformers", "enable_transformers"]
 
 OWNER = "enable_transformers"
 METHOD = "batchery"  # so that transformers does not take the model for one of its own
-METHODS = ("gptq", "awq", "compressed-tensors", "marlin")
 FORCED: dict[str, dict[str, str]] = {
     "auto": {},
     "gptq_v1": {"quant_method": "gptq", "checkpoint_format": "gptq"},
