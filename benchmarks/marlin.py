@@ -32,6 +32,7 @@ from torch import Tensor
 from batchery.kernels.multi_tensor import tl, triton
 from batchery.kernels.w4a16 import w4a16_matmul
 from batchery.kernels.w4a16_layout import dequantize_w4
+from batchery.studies.harness import environment
 
 CALLS = 12  # in a graph, at least
 PROCESSES = (("ours", "invariant"), ("cublas", "tinygemm"), ("gptq_marlin",), ("machete",))
@@ -170,6 +171,7 @@ def on_the_gpu(seconds: float) -> dict[str, Any]:
     """Measure every backend, one process after the other, those that come late not at all."""
     end = time.perf_counter() + seconds
     found: dict[str, Any] = {"date": date.today().isoformat(), "torch": torch.__version__}
+    found["environment"] = environment(torch.device("cuda"))
     found |= {"triton": triton.__version__, "backends": {}}
     for names in PROCESSES:
         with tempfile.TemporaryDirectory() as folder:
@@ -216,7 +218,9 @@ def on_the_cpu() -> dict[str, Any]:
                     f"({n}, {k}) M={m:3d} {str(dtype)[6:]:8s} dense {ms[0]:7.2f} ms, "
                     f"4-bit {ms[1]:7.2f} ms, {ms[0] / ms[1]:.2f} x dense"
                 )
-    return {"date": date.today().isoformat(), "torch": torch.__version__, "cpu": rows}
+    where = environment(torch.device("cpu"))
+    found = {"date": date.today().isoformat(), "torch": torch.__version__, "environment": where}
+    return found | {"cpu": rows}
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from batchery.compress.quant import dequantize, pack, quantize_rtn
 from batchery.kernels.w4a16 import w4a16_matmul
 from batchery.kernels.w4a16_layout import PackedW4
+from batchery.studies.harness import environment
 
 BATCHES = (1, 8, 16, 32, 64)
 AIMS = {1: 2.3, 8: 2.3, 16: 2.3, 32: 1.8, 64: 1.3}  # of the specification: W4 over bfloat16
@@ -235,6 +236,7 @@ def main() -> None:
     on_cuda = device.type == "cuda"
     size = SIZES[options.size or ("8B" if on_cuda else "tiny")]
     found: dict[str, Any] = {"date": date.today().isoformat(), "torch": torch.__version__}
+    found["environment"] = environment(device)
     found["device"] = torch.cuda.get_device_name() if on_cuda else "CPU"
     found |= compare(size, options.batches, options.context, options.steps, device)
     if options.json:

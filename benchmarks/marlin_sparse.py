@@ -31,6 +31,7 @@ from batchery.kernels.w4a16_sparse_layout import (
     pack_sparse_w4,
 )
 from batchery.kernels.w4a16_tiles import Tile
+from batchery.studies.harness import environment
 
 BATCHES = (1, 16, 32)
 PAIRS = [[True, True, False, False], [True, False, True, False], [True, False, False, True]]
@@ -128,6 +129,7 @@ def main() -> None:
     options = parser.parse_args()
     end = time.perf_counter() + options.seconds
     found: dict[str, Any] = {"date": date.today().isoformat(), "torch": torch.__version__}
+    found["environment"] = environment(torch.device("cuda"))
     found |= {"triton": triton.__version__, **limits(), "checks": checks(), "layers": []}
     print({name: value for name, value in found.items() if name != "layers"}, flush=True)
     print(

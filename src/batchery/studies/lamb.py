@@ -154,7 +154,7 @@ def _llama(size: LabSize, seed: int, device: torch.device) -> Any:
 
 @functools.cache
 def _tokens(device: torch.device) -> tuple[Tensor, Tensor]:
-    text = lab.lab_text()
+    text = lab.lab_text(corpus=lab.split_corpus([datasets.load("stdlib-text")]))
     return text.train.to(device), text.held_out
 
 
