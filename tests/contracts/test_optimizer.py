@@ -9,6 +9,7 @@ import pytest
 import torch
 from dist_ranks import run_on_ranks
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from .cases import CASES, global_randomness, objects
 
@@ -217,13 +218,21 @@ def test_odd_shapes(case):
 
 
 def _ddp(rank, size, path):
-    net = nn.parallel.DistributedDataParallel(model(torch.float64))
-    optimizer = CASES[path].build(net.parameters())
-    for step in range(4):
-        optimizer.zero_grad()
-        net(batch(step, torch.float64)[rank::size]).square().mean().backward()
-        optimizer.step()
-    return [p.detach() for p in net.parameters()]
+    """Train with whole state on every rank, then with ZeRO's shares; return both."""
+    found = []
+    for shares in (False, True):
+        net = nn.parallel.DistributedDataParallel(model(torch.float64))
+        build = CASES[path].build
+        if shares:
+            optimizer = ZeroRedundancyOptimizer(net.parameters(), build)
+        else:
+            optimizer = build(net.parameters())
+        for step in range(4):
+            optimizer.zero_grad()
+            net(batch(step, torch.float64)[rank::size]).square().mean().backward()
+            optimizer.step()
+        found.append([p.detach() for p in net.parameters()])
+    return found
 
 
 @every
@@ -236,8 +245,9 @@ def test_two_ranks_step_like_one(case):
         net(batch(step, torch.float64)).square().mean().backward()
         optimizer.step()
     for found in run_on_ranks(_ddp, case.path):
-        for p, q in zip(net.parameters(), found, strict=True):
-            torch.testing.assert_close(p.detach(), q, rtol=1e-10, atol=1e-10)
+        for parameters in found:
+            for p, q in zip(net.parameters(), parameters, strict=True):
+                torch.testing.assert_close(p.detach(), q, rtol=1e-10, atol=1e-10)
 
 
 class Forgetful(torch.optim.SGD):

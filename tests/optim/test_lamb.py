@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Oracles of LAMB. The equations themselves are tested on the kernels, in tests/kernels."""
+"""Oracles of LAMB, and both optimizers under sharding and in other libraries.
+
+The equations themselves are tested on the kernels, in tests/kernels.
+"""
 
 import copy
 import math
@@ -10,7 +13,7 @@ from compiler import needs_compiler
 from dist_ranks import run_on_ranks
 from torch import nn
 
-from batchery.optim import LAMB, layer_adaptation_groups
+from batchery.optim import LAMB, LARS, layer_adaptation_groups
 
 FORMS = [{"foreach": False}, {"foreach": True}, needs_compiler({"fused": True})]
 FORM_IDS = ["single", "foreach", "fused"]
@@ -136,13 +139,21 @@ def test_blocks_are_separate_parameters():
     torch.testing.assert_close(one.trust_ratios()[0], ratios, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("form", FORMS[:2], ids=FORM_IDS[:2])
+@pytest.mark.parametrize("form", [*FORMS[:2], {}], ids=[*FORM_IDS[:2], "chosen"])
 def test_blocks_of_a_transposed_parameter(form):
     one = [nn.Parameter(weights(shapes=((6, 4),))[0].detach().t())]
     two = [nn.Parameter(one[0].detach().contiguous())]
     assert not one[0].is_contiguous()
     kinds = {"lr": 0.1, "blocks": 2, **form}
     assert_paths(trajectory(LAMB(one, **kinds), one), trajectory(LAMB(two, **kinds), two), 1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS[1:], ids=FORM_IDS[1:])
+def test_in_float32_the_forms_agree(form):
+    one, two = weights(dtype=torch.float32), weights(dtype=torch.float32)
+    kinds = {"lr": 0.05, "weight_decay": 0.1, "max_grad_norm": 1.0}
+    loop = trajectory(LAMB(one, foreach=False, **kinds), one)
+    assert_paths(loop, trajectory(LAMB(two, **kinds, **form), two), 1e-6)
 
 
 def test_auto_adapts_only_groups_that_decay_and_ratios_have_names():
@@ -238,50 +249,96 @@ def test_settings_changed_between_steps_take_effect():
     assert all(ratio.item() == 1.0 for ratio in optimizer.trust_ratios().values())
 
 
-def _sharded(rank, size, steps):
+KINDS = {
+    LAMB: {"lr": 0.1, "max_grad_norm": 0.5},
+    LARS: {"lr": 1.0, "trust_coefficient": 0.1},
+}
+
+
+def sharded_net(between):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(7, 6), between, nn.Linear(6, 4, bias=False)).double()
+
+
+def train_sharded(model, kind, place=0, parts=1):
+    """Take three steps on every `parts`-th row; return the trust ratios."""
+    optimizer = kind(layer_adaptation_groups(model, 0.01), **KINDS[kind])
+    data = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        x = torch.randn(8, 7, generator=data).double()
+        optimizer.zero_grad()
+        model(x[place::parts]).square().mean().backward()
+        optimizer.step()
+    return optimizer.trust_ratios()
+
+
+def _trained(model, kind, place, parts):
+    """Return the whole parameters, the ratios, and the sizes that were summed over ranks."""
+    calls = []
+    original = torch.distributed.all_reduce
+    torch.distributed.all_reduce = lambda *a, **k: (calls.append(a[0].numel()), original(*a, **k))
+    ratios = train_sharded(model, kind, place, parts)
+    torch.distributed.all_reduce = original
+    return [p.full_tensor().detach() for p in model.parameters()], ratios, calls
+
+
+def _fsdp(rank, size):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(7, 5), nn.LayerNorm(5), nn.Linear(5, 3, bias=False))
-    fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
-    optimizer = LAMB(layer_adaptation_groups(model, 0.01), lr=0.1, max_grad_norm=0.5)
-    data = torch.Generator().manual_seed(1)
-    calls = []
-    original = torch.distributed.all_reduce
-    for _ in range(steps):
-        x = torch.randn(8, 7, generator=data)
-        optimizer.zero_grad()
-        model(x[rank::size]).square().mean().backward()
-        torch.distributed.all_reduce = lambda *a, **k: (
-            calls.append(a[0].numel()),
-            original(*a, **k),
-        )
-        optimizer.step()
-        torch.distributed.all_reduce = original
-    full = [p.full_tensor().detach() for p in model.parameters()]
-    ratios = {name: value for name, value in optimizer.trust_ratios().items()}
-    return full, ratios, calls
+    mesh = init_device_mesh("cpu", (size,))
+    found = []
+    for kind in KINDS:
+        model = sharded_net(nn.LayerNorm(6))
+        fully_shard(model, mesh=mesh)
+        found.append(_trained(model, kind, rank, size))
+    return found
+
+
+def _tensor_parallel(rank, size):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    found = []
+    for kind in KINDS:
+        model = sharded_net(nn.Tanh())
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        parallelize_module(model, mesh["tensor"], plan)
+        fully_shard(model, mesh=mesh["data"])
+        found.append(_trained(model, kind, rank // 2, 2))
+    return found
+
+
+def assert_like_one_process(found, between):
+    for place, kind in enumerate(KINDS):
+        model = sharded_net(between())
+        ratios = train_sharded(model, kind)
+        for full, theirs, _ in (of_rank[place] for of_rank in found):
+            for p, q in zip(model.parameters(), full, strict=True):
+                torch.testing.assert_close(p.detach(), q, rtol=1e-10, atol=1e-10)
+            assert theirs == pytest.approx({k: v.item() for k, v in ratios.items()}, rel=1e-10)
 
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_sharded_by_fsdp2_it_steps_as_on_one_process():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(7, 5), nn.LayerNorm(5), nn.Linear(5, 3, bias=False))
-    optimizer = LAMB(layer_adaptation_groups(model, 0.01), lr=0.1, max_grad_norm=0.5)
-    data = torch.Generator().manual_seed(1)
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(torch.randn(8, 7, generator=data)).square().mean().backward()
-        optimizer.step()
-    for full, ratios, calls in run_on_ranks(_sharded, 3):
-        for p, q in zip(model.parameters(), full, strict=True):
-            torch.testing.assert_close(p.detach(), q, rtol=1e-6, atol=1e-6)
-        for name, ratio in optimizer.trust_ratios().items():
-            torch.testing.assert_close(ratios[name], ratio, rtol=1e-5, atol=1e-6)
-        # a step: the clip's squares of two groups, and one collective for all adapted tensors
-        assert calls == [1, 1, 4] * 3
+def test_sharded_by_fsdp2_they_step_as_on_one_process():
+    found = run_on_ranks(_fsdp)
+    assert_like_one_process(found, lambda: nn.LayerNorm(6))
+    for (*_, lamb), (*_, lars) in found:
+        assert lamb == [1, 4] * 3  # a step: the clip's square, then all tensors that adapt
+        assert lars == [4] * 3
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_sharded_along_two_axes_they_step_as_on_one_process():
+    assert_like_one_process(run_on_ranks(_tensor_parallel, size=4), nn.Tanh)
 
 
 @pytest.mark.parametrize(
@@ -298,10 +355,20 @@ def test_sharded_by_fsdp2_it_steps_as_on_one_process():
         ({"blocks": 3}, "LAMB: blocks must divide dimension 0"),
         ({"blocks": 0}, "LAMB: blocks must be >= 1, got 0"),
         ({"foreach": True, "fused": True}, "LAMB: foreach and fused cannot both be True"),
+        ({"lr": torch.tensor(-1.0)}, "LAMB: lr must be >= 0, got -1.0"),
+        ({"lr": math.inf}, "LAMB: lr must be finite, got inf"),
+        ({"betas": 0.9}, "LAMB: betas must be two numbers, got 0.9"),
+        ({"trust_clip": 3}, "LAMB: trust_clip must be .*, got 3"),
+        ({"norm_clip": (0, "a")}, r"LAMB: norm_clip\[1\] must be a number, got str"),
+        ({"state_dtype": "float32"}, "LAMB: state_dtype must be .*, got 'float32'"),
+        ({"state_dtype": torch.int8}, "LAMB: state_dtype must be .*, got torch.int8"),
+        ({"maximize": "yes"}, "LAMB: maximize must be one of True, False, got 'yes'"),
+        ({"decoupled": 0.1}, "LAMB: decoupled must be one of True, False, got 0.1"),
+        ({"fused": "auto"}, "LAMB: fused must be one of None, True, False, got 'auto'"),
     ],
 )
 def test_bad_settings_are_named(kinds, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         LAMB(weights(shapes=((4, 3),)), **kinds)
 
 
@@ -310,6 +377,8 @@ def test_a_bad_group_is_refused_and_leaves_the_optimizer_whole():
     optimizer = LAMB(params[:1], lr=0.1)
     with pytest.raises(ValueError, match="LAMB: lr must be >= 0"):
         optimizer.add_param_group({"params": params[1:], "lr": -1})
+    with pytest.raises(ValueError, match=r"max_grad_norm must be the same in all .*, got 1.0"):
+        optimizer.add_param_group({"params": params[1:], "max_grad_norm": 1.0})
     assert len(optimizer.param_groups) == 1
 
 
@@ -336,7 +405,8 @@ def test_sparse_complex_and_flattened_parameters_are_refused():
 
 
 @pytest.mark.slow
-def test_the_transformers_trainer_trains_with_it(tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_transformers_trainer_trains_with_it(tmp_path, kind):
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
     config = LlamaConfig(
@@ -351,21 +421,23 @@ def test_the_transformers_trainer_trains_with_it(tmp_path):
         logging_steps=10, save_strategy="no", learning_rate=0.02, use_cpu=True,
         disable_tqdm=True,
     )  # fmt: skip
-    kinds = {"lr": 0.02, "weight_decay": 0.01}
-    trainer = Trainer(model, arguments, train_dataset=rows, optimizer_cls_and_kwargs=(LAMB, kinds))
+    rate = {"lr": 0.02} if kind is LAMB else {"lr": 0.05, "trust_coefficient": 1.0}
+    kinds = {"weight_decay": 0.01, **rate}
+    trainer = Trainer(model, arguments, train_dataset=rows, optimizer_cls_and_kwargs=(kind, kinds))
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.5 * losses[0]
     inner = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    assert isinstance(inner, LAMB)
+    assert isinstance(inner, kind)
 
 
-def test_accelerate_prepares_it():
+@pytest.mark.parametrize("kind", KINDS)
+def test_accelerate_prepares_it(kind):
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
     model = nn.Linear(3, 1)
-    wrapped, optimizer = accelerator.prepare(model, LAMB(model.parameters(), lr=0.1))
+    wrapped, optimizer = accelerator.prepare(model, kind(model.parameters(), lr=0.1))
     for _ in range(40):
         loss = (wrapped(torch.eye(3)) - 1).square().mean()
         accelerator.backward(loss)
@@ -390,10 +462,11 @@ def test_the_loss_scaler_hands_over_its_scale_and_flag():
 
 
 @pytest.mark.gpu
-def test_it_runs_inside_a_cuda_graph():
+@pytest.mark.parametrize("kinds", [{}, {"foreach": True, "capturable": True}])
+def test_it_runs_inside_a_cuda_graph(kinds):
     params = [nn.Parameter(torch.ones(1000, 30, device="cuda")) for _ in range(3)]
     twins = [nn.Parameter(p.detach().clone()) for p in params]
-    captured, plain = LAMB(params, lr=0.1), LAMB(twins, lr=0.1)
+    captured, plain = LAMB(params, lr=0.1, **kinds), LAMB(twins, lr=0.1, **kinds)
     for p, q in zip(params, twins, strict=True):
         p.grad = torch.ones_like(p)
         q.grad = torch.ones_like(q)

@@ -2,13 +2,16 @@
 """Oracles of LARS. The equations themselves are tested on the kernels, in tests/kernels."""
 
 import copy
+import warnings
 
 import pytest
 import torch
-from compiler import needs_compiler
+from compiler import compiled, needs_compiler
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from batchery.optim import LARS
+from batchery.kernels import multi_tensor
+from batchery.optim import LAMB, LARS
 
 FORMS = [{"foreach": False}, {"foreach": True}, needs_compiler({"fused": True})]
 FORM_IDS = ["single", "foreach", "fused"]
@@ -25,7 +28,8 @@ def trajectory(optimizer, params, steps=5, scale=1.0):
     path = []
     for _ in range(steps):
         for p in params:
-            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) * scale
+            drawn = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            p.grad = torch.empty_like(p).copy_(drawn) * scale  # as in a backward pass: p's strides
         optimizer.step()
         path.append([p.detach().clone() for p in params])
     return path
@@ -132,6 +136,7 @@ def test_the_state_of_sgd_is_a_warm_start():
         ({"variant": "other"}, "LARS: variant must be one of 'grad', 'update', 'momentum'"),
         ({"nesterov": True, "momentum": 0.0}, "LARS: nesterov needs momentum > 0"),
         ({"nesterov": True, "dampening": 0.1}, "LARS: nesterov needs momentum > 0"),
+        ({"trust_clip": (1, 1)}, r"LARS: trust_clip must be one of True, False, got \(1, 1\)"),
     ],
 )
 def test_bad_settings_are_named(kinds, message):
@@ -139,12 +144,77 @@ def test_bad_settings_are_named(kinds, message):
         LARS(weights(), **kinds)
 
 
+@pytest.mark.parametrize("form", FORMS[1:], ids=FORM_IDS[1:])
+@pytest.mark.parametrize("variant", ["grad", "update", "momentum"])
+def test_in_float32_the_forms_agree(form, variant):
+    one, two = weights(dtype=torch.float32), weights(dtype=torch.float32)
+    kinds = {"lr": 1.0, "weight_decay": 0.1, "variant": variant, "trust_coefficient": 0.05}
+    loop = trajectory(LARS(one, foreach=False, **kinds), one)
+    assert_paths(loop, trajectory(LARS(two, **kinds, **form), two), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "device", [needs_compiler("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+def test_a_first_step_skipped_for_an_overflow_is_still_to_come(device):
+    one, two = (nn.Parameter(torch.full((3,), 2.0, device=device)) for _ in range(2))
+    kinds = {"lr": 1.0, "adapt": True, "dampening": 0.5}
+    optimizer, plain = LARS([one], fused=True, **kinds), LARS([two], **kinds)
+    scaler = torch.amp.GradScaler(device, init_scale=1024.0)
+    for value in (torch.inf, 3.0, 2.0, torch.inf, 1.0):
+        optimizer.zero_grad()
+        scaler.scale((one * value).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if value != torch.inf:
+            two.grad = torch.full_like(two, value)
+            plain.step()
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [LAMB, LARS])
+@pytest.mark.parametrize("fused", [needs_compiler(True), needs_compiler(None)])
+def test_weights_in_channels_last_are_fused_too(kind, fused):
+    one, two = weights(((4, 3, 2, 2), (5, 4))), weights(((4, 3, 2, 2), (5, 4)))
+    one[0].data = one[0].data.to(memory_format=torch.channels_last)
+    optimizer = kind(one, lr=0.1, weight_decay=0.1, fused=fused)
+    rows = trajectory(optimizer, one)
+    assert not one[0].is_contiguous()
+    assert [bucket.impl for bucket in optimizer._last] == ["fused"]
+    assert_paths(rows, trajectory(kind(two, lr=0.1, weight_decay=0.1, foreach=False), two))
+
+
+@compiled
+def test_one_tensor_that_cannot_be_fused_keeps_no_others_from_it():
+    params = weights(((4, 3), (5, 4)))
+    params[0].grad = torch.ones(3, 4, dtype=torch.float64).t()
+    params[1].grad = torch.ones_like(params[1])
+    optimizer = LARS(params)
+    optimizer.step()
+    assert [bucket.impl for bucket in optimizer._last] == ["foreach", "fused"]
+    with pytest.raises(ValueError, match=r"alike and without gaps to be fused, got \(4, 3\)"):
+        LARS(params, fused=True).step()
+
+
+def test_missing_triton_is_said_once(monkeypatch):
+    monkeypatch.setattr(multi_tensor, "triton", None)
+    multi_tensor._warn_without_triton.cache_clear()
+    with FakeTensorMode(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert not multi_tensor.fused_ready([torch.empty(3, device="cuda")])
+    assert [str(warning.message) for warning in said] == [
+        "batchery: Triton is not installed; steps on CUDA will be slower"
+    ]
+
+
 @pytest.mark.gpu
 def test_the_fused_kernels_agree_with_the_loop():
-    shapes = ((300, 70), (5000,), (3, 3, 3))
+    shapes = ((300, 70), (5000,), (3, 3, 3), (40, 30, 3, 3))
     one, two = (
         [nn.Parameter(p.detach().cuda()) for p in weights(shapes, torch.float32)] for _ in range(2)
     )
+    one[3].data = one[3].data.to(memory_format=torch.channels_last)
     kinds = {"lr": 0.5, "weight_decay": 0.1, "nesterov": True}
     fused, loop = LARS(one, fused=True, **kinds), LARS(two, foreach=False, **kinds)
     assert_paths(trajectory(fused, one), trajectory(loop, two), 1e-5)

@@ -12,6 +12,7 @@ The layout is built once. Addresses are compared at every step (gradients move w
 None between steps) and sent again, in one asynchronous copy, only when one has changed.
 """
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, cached_property
@@ -39,10 +40,12 @@ __all__ = [
     "chunk_pointer",
     "chunk_store",
     "fused_ready",
+    "memory_order",
     "on_its_device",
     "prepared_grads",
     "processors_of",
     "require_fused",
+    "same_order",
     "segment_rows",
     "squared_norms",
     "tl",
@@ -62,7 +65,16 @@ FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def triton_ready(tensor: Tensor) -> bool:
     """Say whether a Triton kernel can run on this tensor's device and dtype."""
-    return triton is not None and tensor.is_cuda and tensor.dtype in FUSED_DTYPES
+    suits = tensor.is_cuda and tensor.dtype in FUSED_DTYPES
+    if suits and triton is None:
+        _warn_without_triton()
+    return suits and triton is not None
+
+
+@cache
+def _warn_without_triton() -> None:
+    problem = "Triton is not installed"
+    warnings.warn(f"batchery: {problem}; steps on CUDA will be slower", stacklevel=3)
 
 
 def on_its_device(tensor: Tensor) -> AbstractContextManager[object]:
@@ -87,7 +99,7 @@ class ChunkTable:
     """The chunks of a list of tensors, and the addresses of the lists that go with it.
 
     Args:
-        like: one tensor per place, n in all, contiguous in memory; only shapes matter here.
+        like: one tensor per place, n in all, without gaps in memory; only sizes matter here.
         blocks: cut dimension 0 of every tensor into this many equal parts (segments).
         chunk: elements per chunk.
         device: where the table lies.
@@ -136,8 +148,9 @@ class ChunkTable:
     def addresses(self, *lists: Sequence[Tensor]) -> tuple[Tensor, bool]:
         """Return the addresses of the lists, `(lists, n)` int64, and whether all are aligned.
 
-        Every list must hold the table's n tensors, contiguous. The copy to the device does not
-        wait; it is skipped when no address has changed since the last call.
+        Every list must hold the table's n tensors, in one memory order per place (`same_order`).
+        The copy to the device does not wait; it is skipped when no address has changed since the
+        last call.
         """
         found = [tensor.data_ptr() for tensors in lists for tensor in tensors]
         if found != self._sent:
@@ -163,29 +176,61 @@ class ChunkTable:
         return sums.to(partials.dtype)
 
 
-def fused_ready(tensors: Sequence[Tensor]) -> bool:
-    """Say whether the kernels can run on all of these tensors in one call.
+def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
+    """Return the strides of the dimensions longer than 1; None where there are gaps in memory.
+
+    Example:
+        >>> memory_order(torch.zeros(2, 3).t()), memory_order(torch.zeros(2, 3)[:, :2])
+        ((1, 3), None)
+    """
+    long = [(step, n) for step, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1]
+    expected = 1
+    for step, n in sorted(long):
+        if step != expected:
+            return None
+        expected *= n
+    return tuple(step for step, _ in long)
+
+
+def same_order(tensors: Sequence[Tensor], blocks: int = 1) -> bool:
+    """Say whether a kernel may walk side by side through the memory of tensors of one shape.
+
+    It may when all lie there without gaps in the same order, whichever (channels_last is one);
+    blocks along dimension 0 must also be pieces of memory.
+    """
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return True
+    orders = {memory_order(tensor) for tensor in tensors}
+    return blocks == 1 and len(orders) == 1 and None not in orders
+
+
+def fused_ready(*lists: Sequence[Tensor], blocks: int = 1) -> bool:
+    """Say whether the kernels can run on all of these lists of tensors in one call.
 
     Triton's take any mix of `FUSED_DTYPES` on CUDA; those for the CPU take one dtype.
     """
-    if not all(tensor.is_contiguous() for tensor in tensors):
+    if not all(same_order(place, blocks) for place in zip(*lists, strict=True)):
         return False
+    tensors = [tensor for listed in lists for tensor in listed]
     if tensors[0].is_cpu:
         return len({x.dtype for x in tensors}) == 1 and native.native_ready(tensors[0].dtype)
     return all(triton_ready(tensor) for tensor in tensors)
 
 
-def require_fused(owner: str, tensors: Sequence[Tensor]) -> None:
-    """Raise unless the kernels can run on all of these tensors in one call.
+def require_fused(owner: str, *lists: Sequence[Tensor], blocks: int = 1) -> None:
+    """Raise unless the kernels can run on all of these lists of tensors in one call.
 
     Raises:
         RuntimeError: names the device and dtypes for which there is no kernel.
-        ValueError: a tensor is not contiguous.
+        ValueError: a tensor and its gradient or state differ in their order in memory.
     """
-    for tensor in tensors:
-        shape = tuple(tensor.shape)
-        require(tensor.is_contiguous(), owner, "tensors", "must be contiguous to be fused", shape)
-    if not fused_ready(tensors):
+    rule = "must be contiguous" if blocks > 1 else "must lie in memory alike and without gaps"
+    for place in zip(*lists, strict=True):
+        shape = tuple(place[0].shape)
+        fit = same_order(place, blocks)
+        require(fit, owner, "parameter, gradient and state", f"{rule} to be fused", shape)
+    tensors = [tensor for listed in lists for tensor in listed]
+    if not fused_ready(*lists, blocks=blocks):
         dtypes = ", ".join(sorted({str(tensor.dtype) for tensor in tensors}))
         lacks = tensors[0].is_cuda and triton is None
         what = "Triton is not installed" if lacks else "no fused kernel"

@@ -59,7 +59,7 @@ class LAMB(LayerwiseOptimizer):
         trust_clip: (low, high) limits of the trust ratio.
         norm_clip: (low, high) limits of ‖x‖, the paper's φ.
         blocks: cut dimension 0 into this many equal parts, each with its own ratio (for fused
-            QKV weights or stacked experts).
+            QKV weights or stacked experts); sharded parameters (FSDP2, DTensor) take 1 only.
         state_dtype: dtype of the moments; by default the parameter's, at least float32.
         maximize: ascend.
         foreach: use torch's multi-tensor operations; None chooses the fastest form there is.
@@ -82,6 +82,7 @@ class LAMB(LayerwiseOptimizer):
     """
 
     STATES = ("step", "exp_avg", "exp_avg_sq")
+    FLAGS = ("bias_correction", "grad_averaging", "decoupled")
 
     def __init__(
         self,
@@ -132,15 +133,21 @@ class LAMB(LayerwiseOptimizer):
     def check_group(self, group: dict[str, Any]) -> None:
         """Raise when a group's settings make no sense."""
         betas = group["betas"]
-        require(len(betas) == 2, "LAMB", "betas", "must be two numbers", betas)
+        require(_is_pair(betas), "LAMB", "betas", "must be two numbers", betas)
         for place, beta in enumerate(betas):
             number("LAMB", f"betas[{place}]", beta, at_least=0, below=1)
         number("LAMB", "eps", group["eps"], at_least=0)
         for name in ("trust_clip", "norm_clip"):
             limits = group[name]
             if limits is not None:
-                pair = len(limits) == 2 and 0 <= limits[0] <= limits[1]
-                require(pair, "LAMB", name, "must be (low, high) with 0 <= low <= high", limits)
+                rule = "must be (low, high) with 0 <= low <= high"
+                require(_is_pair(limits), "LAMB", name, rule, limits)
+                for place, limit in enumerate(limits):
+                    number("LAMB", f"{name}[{place}]", limit)
+                require(0 <= limits[0] <= limits[1], "LAMB", name, rule, limits)
+        dtype = group["state_dtype"]
+        fits = dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+        require(fits, "LAMB", "state_dtype", "must be a floating-point torch.dtype or None", dtype)
 
     def rule(self, group: dict[str, Any]) -> LambRule:
         """Return a group's settings as the kernels take them."""
@@ -199,3 +206,7 @@ class LAMB(LayerwiseOptimizer):
             if found_inf is not None:
                 torch._foreach_sub_(steps, [found_inf.to(steps[0].device)] * len(steps))
         return loss
+
+
+def _is_pair(value: object) -> bool:
+    return hasattr(value, "__len__") and len(value) == 2

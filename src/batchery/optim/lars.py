@@ -54,7 +54,8 @@ class LARS(LayerwiseOptimizer):
         variant: which norm is in the denominator; see the module.
         trust_clip: cap the local rate at the global one (LARC).
         lr_in_momentum: multiply by lr before the buffer, not after it.
-        blocks: cut dimension 0 into this many equal parts, each with its own rate.
+        blocks: cut dimension 0 into this many equal parts, each with its own rate; sharded
+            parameters (FSDP2, DTensor) take 1 only.
         maximize: ascend.
         foreach: use torch's multi-tensor operations; None chooses the fastest form there is.
         fused: use the fused kernels (Triton on CUDA; C on the CPU, compiled on first use).
@@ -75,6 +76,7 @@ class LARS(LayerwiseOptimizer):
     """
 
     STATES = ("momentum_buffer",)
+    FLAGS = ("nesterov", "trust_clip", "lr_in_momentum")
 
     def __init__(
         self,
@@ -190,6 +192,11 @@ class LARS(LayerwiseOptimizer):
                 reduce_norms=bucket.reduce,
                 table=bucket.table,
             )
+            # A first step that a GradScaler skipped is still to come. Only dampening tells it from
+            # later ones, so only then is the flag read; this waits, but not once a step is made.
+            if first and found_inf is not None and bucket.group["dampening"] and found_inf:
+                for parameter in bucket.params:
+                    self.state[parameter].pop("momentum_buffer", None)
         return loss
 
     def _forget(self) -> None:

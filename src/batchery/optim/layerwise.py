@@ -15,12 +15,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from batchery._core.dist import all_reduce_sum_
 from batchery._core.validate import integer, number, one_of, require, require_type
-from batchery.kernels.multi_tensor import ChunkTable, Impl, fused_ready, require_fused
+from batchery.kernels.multi_tensor import (
+    ChunkTable,
+    Impl,
+    fused_ready,
+    require_fused,
+    same_order,
+)
 
 NORMS: tuple[type[nn.Module], ...] = (
     nn.LayerNorm,
@@ -136,6 +142,7 @@ class Bucket:
     group: dict[str, Any]
     params: list[Tensor]  # as the user holds them
     states: dict[str, list[Tensor]]  # this rank's part of each state, by name
+    shards: tuple[Any, tuple[int, ...]] | None  # the mesh and its dimensions that cut the tensors
     reduce: Callable[[Tensor], Tensor] | None
     impl: Impl
     table: ChunkTable | None  # for the fused form
@@ -156,11 +163,13 @@ class Bucket:
 class LayerwiseOptimizer(Optimizer, ABC):
     """Base of LAMB and LARS: sorts parameters into buckets, each for one kernel call.
 
-    A subclass names its tensors per parameter in `STATES`, checks its groups, makes its state, and
-    in `step` hands the buckets of `begin_step` to its kernel.
+    A subclass names its tensors per parameter in `STATES` and its own settings that are True or
+    False in `FLAGS`, checks its groups, makes its state, and in `step` hands the buckets of
+    `begin_step` to its kernel.
     """
 
     STATES: tuple[str, ...] = ()
+    FLAGS: tuple[str, ...] = ()
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         """Check the settings shared by all groups and build the groups."""
@@ -192,13 +201,17 @@ class LayerwiseOptimizer(Optimizer, ABC):
         group = self.param_groups[-1]
         owner = type(self).__name__
         try:
-            lr = group["lr"]
-            if isinstance(lr, Tensor):
-                require(lr.numel() == 1, owner, "lr", "must have one element", tuple(lr.shape))
-            else:
-                number(owner, "lr", lr, at_least=0)
-            number(owner, "weight_decay", group["weight_decay"], at_least=0)
+            _check_rate(owner, "lr", group["lr"])
+            _check_rate(owner, "weight_decay", group["weight_decay"])
             require(group["adapt"] in (True, False, "auto"), owner, "adapt", ADAPT, group["adapt"])
+            for name in ("maximize", "capturable", *self.FLAGS):
+                one_of(owner, name, group[name], (True, False))
+            for name in ("foreach", "fused"):
+                one_of(owner, name, group[name], (None, True, False))
+            for name in ("foreach", "fused", "capturable", "max_grad_norm"):
+                own = self.defaults.get(name)
+                rule = f"must be the same in all groups ({own!r})"
+                require(group.get(name) == own, owner, name, rule, group.get(name))
             integer(owner, "blocks", group["blocks"], at_least=1)
             self.check_group(group)
             for parameter in group["params"]:
@@ -235,12 +248,13 @@ class LayerwiseOptimizer(Optimizer, ABC):
         limit = self.defaults.get("max_grad_norm")
         if limit is None or not buckets:
             return scale
-        squares = []
+        alike: dict[object, list[Bucket]] = {}  # whose squares one collective sums
         for bucket in buckets:
-            dtype = torch.promote_types(bucket.grads[0].dtype, torch.float32)
-            norms = torch.stack(torch._foreach_norm(bucket.grads, 2, dtype))
-            own = norms.square().sum()
-            squares.append(own if bucket.reduce is None else bucket.reduce(own))
+            alike.setdefault((bucket.shards, bucket.grads[0].device), []).append(bucket)
+        squares = []
+        for group in alike.values():
+            own = torch.stack([_squared_norm(bucket.grads) for bucket in group]).sum()
+            squares.append(own if group[0].reduce is None else group[0].reduce(own))
         total = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
         if scale is not None:
             total = total / scale
@@ -254,7 +268,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
         """
         group = self.param_groups[place]
         grads = [p.grad for p in group["params"]]
-        kinds = [None if g is None else (g.dtype, g.is_contiguous()) for g in grads]
+        kinds = [None if g is None else (g.dtype, g.is_contiguous() or g.stride()) for g in grads]
         form = [group[name] for name in ("foreach", "fused", "capturable", "blocks")]
         seen = (kinds, form, self.plan_key(group))
         if place not in self._plans or self._plans[place][0] != seen:
@@ -278,8 +292,15 @@ class LayerwiseOptimizer(Optimizer, ABC):
                 continue
             require_type(not grad.is_sparse, owner, "gradients", "must be dense", grad)
             self.init_state(parameter, group)
-            mesh = _shards(parameter)
-            key = (parameter.device, parameter.dtype, grad.dtype, mesh, self.bucket_key(parameter))
+            kept = [self.state[parameter].get(key) for key in self.STATES if key != "step"]
+            alike = [parameter, grad, *(state for state in kept if state is not None)]
+            key = (
+                *(parameter.device, parameter.dtype, grad.dtype),
+                _shards(parameter),
+                # One odd tensor keeps no others from fusing; ranks must make the same buckets.
+                isinstance(parameter, DTensor) or same_order(alike, group["blocks"]),
+                self.bucket_key(parameter),
+            )
             sorted_.setdefault(key, []).append(parameter)
         buckets = []
         for params in sorted_.values():
@@ -288,6 +309,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
                 group=group,
                 params=params,
                 states={key: [_local(self.state[p][key]) for p in params] for key in kept},
+                shards=_shards(params[0]),
                 reduce=_reduction(params[0]),
                 impl="single",
                 table=None,
@@ -308,14 +330,14 @@ class LayerwiseOptimizer(Optimizer, ABC):
     def _form(self, bucket: Bucket) -> Impl:
         """Choose the form of the step; what was asked for and is not there is an error."""
         group, owner = bucket.group, type(self).__name__
-        states = [x for key, tensors in bucket.states.items() if key != "step" for x in tensors]
-        tensors = [*bucket.local, *bucket.grads, *states]
+        states = [tensors for key, tensors in bucket.states.items() if key != "step"]
+        lists, blocks = [bucket.local, bucket.grads, *states], group["blocks"]
         if group["fused"]:
-            require_fused(owner, tensors)
+            require_fused(owner, *lists, blocks=blocks)
             return "fused"
         if group["foreach"] is not None or group["fused"] is False:
             return "single" if group["foreach"] is False else "foreach"
-        return "fused" if fused_ready(tensors) else "foreach"
+        return "fused" if fused_ready(*lists, blocks=blocks) else "foreach"
 
     def init_state(self, parameter: Tensor, group: dict[str, Any]) -> None:
         """Make a parameter's state when it has none."""
@@ -387,6 +409,11 @@ class LayerwiseOptimizer(Optimizer, ABC):
 ADAPT = "must be True, False or 'auto'"
 
 
+def _squared_norm(tensors: list[Tensor]) -> Tensor:
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype)).square().sum()
+
+
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -406,8 +433,10 @@ def _shards(parameter: Tensor) -> tuple[Any, tuple[int, ...]] | None:
     """Return the mesh of a distributed tensor and the mesh dimensions that cut it."""
     if not isinstance(parameter, DTensor):
         return None
+    # Not by `Shard`: tensor parallelism under FSDP2 cuts by a placement that is none.
     placements = enumerate(parameter.placements)
-    return parameter.device_mesh, tuple(axis for axis, p in placements if isinstance(p, Shard))
+    cut = (axis for axis, p in placements if not (p.is_replicate() or p.is_partial()))
+    return parameter.device_mesh, tuple(cut)
 
 
 def _reduction(parameter: Tensor) -> Callable[[Tensor], Tensor] | None:
@@ -425,6 +454,17 @@ def _reduction(parameter: Tensor) -> Callable[[Tensor], Tensor] | None:
     return reduce
 
 
+def _check_rate(owner: str, name: str, rate: float | Tensor) -> None:
+    """Raise unless a setting is finite and not negative; reading a device would wait for it."""
+    if isinstance(rate, Tensor):
+        require(rate.numel() == 1, owner, name, "must have one element", tuple(rate.shape))
+        if not rate.is_cpu:
+            return
+        rate = float(rate)
+    number(owner, name, rate, at_least=0)
+    require(math.isfinite(rate), owner, name, "must be finite", rate)
+
+
 def _check_parameter(owner: str, parameter: Tensor, group: dict[str, Any]) -> None:
     real = parameter.is_floating_point()
     require_type(real, owner, "parameters", "must be real floating-point tensors", parameter)
@@ -437,7 +477,6 @@ def _check_parameter(owner: str, parameter: Tensor, group: dict[str, Any]) -> No
         divisible = len(shape) > 0 and shape[0] % blocks == 0
         rule = f"must divide dimension 0 of every parameter of its group ({shape})"
         require(divisible, owner, "blocks", rule, blocks)
-        cut = isinstance(parameter, DTensor) and any(
-            isinstance(place, Shard) for place in parameter.placements
-        )
-        require(not cut, owner, "blocks", "must be 1 for a sharded parameter", blocks)
+        shards = _shards(parameter)
+        whole = shards is None or not shards[1]
+        require(whole, owner, "blocks", "must be 1 for a sharded parameter", blocks)
