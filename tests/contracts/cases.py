@@ -203,6 +203,8 @@ CASES = {
                 ({"horizon": 2.5}, TypeError, "TreeCounter: horizon must be an integer, got float"),
                 ({"budget": 0.5}, TypeError, "TreeCounter: budget must be a Budget, got float"),
                 ({"row_sensitivity": 0}, ValueError, "row_sensitivity must be > 0, got 0"),
+                ({"columns": 2.5}, TypeError, "TreeCounter: shape must be an integer, got float"),
+                ({"budget": Budget(1e-25)}, ValueError, "TreeCounter: budget must .* 61 bits, got"),
                 ({"estimator": "x"}, ValueError, "estimator must be one of 'prefix', .* got 'x'"),
             ],
         ),
@@ -225,6 +227,7 @@ CASES = {
                 ({"beta": 1.5}, ValueError, "MaxSum: beta must be > 0 and < 1, got 1.5"),
                 ({"budget": Budget(0.0)}, ValueError, "MaxSum: budget must be > 0"),
                 ({"hold": "x"}, ValueError, "MaxSum: hold must be one of 'midpoint', .* got 'x'"),
+                ({"budget": Budget(1e-25)}, ValueError, "MaxSum: budget must .* 61 bits, got"),
             ],
         ),
         Case(
@@ -235,6 +238,8 @@ CASES = {
                 ({"mechanism": "sparse"}, ValueError, "SumSelect: mechanism .* got 'sparse'"),
                 ({"interval": 0}, ValueError, "SumSelect: interval must be >= 1, got 0"),
                 ({"margin": -1}, ValueError, "SumSelect: margin must be >= 0, got -1"),
+                ({"budget": Budget(1e-40)}, ValueError, "SumSelect: budget must .* 61 bits, got"),
+                ({"budget": Budget(1e40)}, ValueError, "SumSelect: budget must .* 61 bits, got"),
             ],
         ),
         Case(

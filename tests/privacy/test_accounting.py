@@ -6,6 +6,7 @@ import math
 import mpmath
 import numpy as np
 import pytest
+from rounded_scales import SLACK
 
 from batchery.privacy import (
     Budget,
@@ -34,6 +35,7 @@ def test_the_best_order_is_found(rho, delta):
         return rho * order + gain / (order - 1)
 
     dense = min(epsilon(1 + math.exp(x)) for x in np.linspace(-12, 20, 40_001))
+    # The grid misses the best order by 4e-4 of it at most: the valley is flat there.
     assert zcdp_epsilon(rho, delta) == pytest.approx(max(0, dense), rel=1e-6, abs=1e-9)
     assert zcdp_epsilon(rho, delta) <= rho + 2 * math.sqrt(rho * math.log(1 / delta))
 
@@ -76,9 +78,9 @@ def test_far_tails_do_not_vanish():
 @pytest.mark.parametrize("epsilon", [0.05, 1.0, 8.0])
 def test_inverses_return_and_never_exceed(epsilon, delta):
     rho, mu = zcdp_rho(epsilon, delta), gaussian_mu(epsilon, delta)
-    assert epsilon * (1 - 1e-6) <= zcdp_epsilon(rho, delta) <= epsilon
-    assert delta * (1 - 1e-6) <= gaussian_delta(mu, epsilon) <= delta
-    assert gaussian_epsilon(mu, delta) == pytest.approx(epsilon, rel=1e-6)
+    assert epsilon * (1 - SLACK) <= zcdp_epsilon(rho, delta) <= epsilon
+    assert delta * (1 - SLACK) <= gaussian_delta(mu, epsilon) <= delta
+    assert gaussian_epsilon(mu, delta) == pytest.approx(epsilon, rel=SLACK)
     # The exact line allows more than the detour over ρ: that is what it is for.
     assert mu * mu / 2 > rho
 
@@ -108,7 +110,7 @@ def test_budgets_of_the_three_kinds():
 def test_one_gaussian_mechanism_spends_an_approximate_budget_exactly():
     budget = Budget.approx(1.0, 1e-5).for_gaussian()
     assert 1 / math.sqrt(2 * budget.rho) == pytest.approx(3.73063, abs=5e-6)
-    assert budget.epsilon(1e-5) == pytest.approx(1.0, rel=1e-6)
+    assert budget.epsilon(1e-5) == pytest.approx(1.0, rel=SLACK)
     assert budget.epsilon(1e-8) > 1.0
     assert Budget(rho=0.5).for_gaussian().epsilon(1e-6) < zcdp_epsilon(0.5, 1e-6)
 
@@ -149,6 +151,7 @@ def test_group_privacy_holds_for_gaussian_noise():
         (lambda: Budget(rho=1.0).group(0), "size must be >= 1, got 0"),
         (lambda: zcdp_epsilon(-1.0, 0.1), "rho must be >= 0"),
         (lambda: gaussian_scale(1.0, 0.1, 0.0), "sensitivity must be > 0, got 0.0"),
+        (lambda: gaussian_scale(1.0, 0.1, math.inf), "sensitivity must be finite, got inf"),
     ],
 )
 def test_bad_arguments_are_named(make, message):

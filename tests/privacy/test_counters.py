@@ -1,22 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Oracles of the counters: exact sums, matrices read off by impulses, coupled runs, crashes."""
+"""Oracles of the counters: exact sums, matrices read off by impulses, coupled runs, bounds."""
 
-import copy
-import io
 import math
-import os
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 from recorded_noise import Given, Recording, Replay, Zero
+from rounded_scales import ROUNDED, SLACK
 
 from batchery.privacy import (
     Budget,
     DiscreteNoise,
     FloatNoise,
-    HorizonExceeded,
     TreeCounter,
     gaussian_scale,
 )
@@ -92,7 +89,7 @@ def test_prefix_noise_of_eight_steps_written_out():
     ]
 
 
-@pytest.mark.parametrize("horizon", range(1, 71))
+@pytest.mark.parametrize("horizon", [*range(1, 71), 1024])
 def test_sums_are_a_product_of_what_is_noised_and_what_is_made_of_it(horizon):
     a = np.tri(horizon)
     b, c = impulses(horizon), fenwick_nodes(horizon)
@@ -176,11 +173,10 @@ def test_scales_follow_levels_budget_and_sensitivity():
     assert 3 <= wide.scale <= 3 + Fraction(1, 2**20)
     # An (ε, δ) budget: exact noise by way of ρ, continuous noise by the exact line.
     budget = Budget.approx(1.0, 1e-5)
-    assert TreeCounter(1, budget=budget).design.scale == pytest.approx(
-        1 / (2 * budget.rho), rel=1e-6
-    )
+    scale = TreeCounter(1, budget=budget).design.scale
+    assert scale == pytest.approx(1 / (2 * budget.rho), rel=ROUNDED)
     exactly = TreeCounter(1, budget=budget, sampler="float").design.scale
-    assert float(exactly) == pytest.approx(gaussian_scale(1.0, 1e-5) ** 2, rel=1e-6)
+    assert float(exactly) == pytest.approx(gaussian_scale(1.0, 1e-5) ** 2, rel=ROUNDED)
 
 
 @pytest.mark.parametrize("horizon", HORIZONS)
@@ -240,6 +236,18 @@ def adversary(releases, rng, size):
 @pytest.mark.parametrize("estimator", ["prefix", "honaker"])
 @pytest.mark.parametrize("horizon", HORIZONS)
 def test_coupled_runs_on_neighbours_are_the_same_and_cost_what_was_declared(horizon, estimator):
+    n = horizon or 70
+    check_coupling(horizon, estimator, int(np.random.default_rng(n).integers(1, n + 1)))
+
+
+@pytest.mark.parametrize("estimator", ["prefix", "honaker"])
+@pytest.mark.parametrize("horizon", range(1, 21))
+def test_coupled_runs_agree_whichever_row_is_the_other(horizon, estimator):
+    for at in range(1, horizon + 1):
+        check_coupling(horizon, estimator, at)
+
+
+def check_coupling(horizon, estimator, at):
     """Shift the noise by what the other record changes: if releases agree, the shift is the cost.
 
     The releases are equal for every outcome of the noise, so that the loss is that of telling
@@ -247,8 +255,7 @@ def test_coupled_runs_on_neighbours_are_the_same_and_cost_what_was_declared(hori
     """
     n = horizon or 70
     size = 2
-    coins = np.random.default_rng(n)
-    at = int(coins.integers(1, n + 1))
+    coins = np.random.default_rng((n, at))
     pair = torch.from_numpy(coins.integers(0, 2, (2, size)))
 
     def run(noise, b):
@@ -287,105 +294,11 @@ def sizes(t):
     return [1 << j for j in range((t & -t).bit_length())]
 
 
-def test_the_coupling_catches_a_scale_of_too_few_levels():
+def test_a_power_of_two_has_one_level_more_than_its_logarithm():
     # With ⌈log2 T⌉ levels in place of ⌊log2 T⌋ + 1 the first row of 64 costs more than declared.
     nodes = fenwick_nodes(64)[:, 0].sum()
     assert nodes / (2 * 6) > RHO.rho
     assert nodes / (2 * TreeCounter(64, budget=RHO).design.scale) == RHO.rho
-
-
-def reload(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
-
-
-@pytest.mark.parametrize("horizon", [70, None])
-@pytest.mark.parametrize("at", [1, 2, 3, 31, 64])
-@pytest.mark.parametrize("kinds", [{}, {"estimator": "honaker"}, {"sampler": "float"}], ids=str)
-def test_resumes_bit_for_bit(horizon, at, kinds):
-    rows = bits(70, 3)
-
-    def build():
-        given = dict(kinds)
-        if "sampler" in kinds:
-            given["noise"] = FloatNoise(torch.Generator().manual_seed(1))
-        return seeded(horizon, 3, **given)
-
-    whole = build()
-    wanted = whole.update_many(rows)
-    first = build()
-    first.update_many(rows[:at])
-    state = reload(first.state_dict())
-    again = build()
-    again.load_state_dict(state)
-    assert torch.equal(again.last(), wanted[at - 1])
-    assert torch.equal(again.update_many(rows[at:]), wanted[at:])
-
-
-@pytest.mark.parametrize("estimator", ["prefix", "honaker"])
-def test_a_resume_draws_no_noise_again(estimator):
-    z = np.random.default_rng(0).integers(-50, 50, 100)
-    rows = bits(40)
-    whole = TreeCounter(40, budget=RHO, estimator=estimator, noise=Given(z))
-    wanted = whole.update_many(rows)
-    noise = Given(z)
-    counter = TreeCounter(40, budget=RHO, estimator=estimator, noise=noise)
-    counter.update_many(rows[:23])
-    state = counter.state_dict()
-    rest = Given(z[noise.used :])  # a noise that has never seen the first 23 steps
-    again = TreeCounter(40, budget=RHO, estimator=estimator, noise=rest)
-    again.load_state_dict(state)
-    assert torch.equal(again.last(), wanted[22])
-    assert rest.used == 0
-    assert torch.equal(again.update_many(rows[23:]), wanted[23:])
-
-
-def test_state_is_written_before_a_release_is_seen():
-    counter = TreeCounter(8, budget=RHO)
-    written = []
-
-    def commit(state):
-        written.append(reload(state))
-
-    releases = [counter.update(1, commit=commit) for _ in range(3)]
-    releases += list(counter.update_many([1, 1], commit=commit))
-    assert [state["t"] for state in written] == [1, 2, 3, 5]
-    for state in written:
-        again = TreeCounter(8, budget=RHO)
-        again.resume(state, published=state["t"])
-        assert torch.equal(again.last(), releases[state["t"] - 1])
-
-    def fail(state):
-        written.append(reload(state))
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        counter.update(1, commit=fail)
-    assert counter.t == 5
-    assert torch.equal(counter.last(), releases[-1])
-    # Had it been written all the same: what was released and not seen needs no new noise.
-    again = TreeCounter(8, budget=RHO)
-    again.resume(written[-1], published=5)
-    assert again.t == 6
-
-
-def test_a_state_behind_what_was_published_is_refused_or_paid_for():
-    counter = TreeCounter(8, budget=RHO)
-    counter.update(1)
-    state = counter.state_dict()
-    counter.update(1)
-    again = TreeCounter(8, budget=RHO)
-    with pytest.raises(ValueError, match="published must be <= 1, where the state is.* got 2"):
-        again.resume(state, published=2)
-    assert again.t == 0
-    again.resume(state, published=2, strict=False)
-    again.update_many([1] * 7)
-    assert again.spent == Budget(rho=1.0)
-    third = TreeCounter(8, budget=RHO)
-    third.resume(again.state_dict(), published=8)
-    assert third.spent == Budget(rho=1.0)
 
 
 def test_what_was_spent():
@@ -403,46 +316,12 @@ def test_what_was_spent():
     assert pure.spent == Budget.pure(1.0)
     approx = TreeCounter(3, budget=Budget.approx(1.0, 1e-6), sampler="float")
     approx.update_many([1, 0, 1])
-    assert approx.spent.epsilon(1e-6) == pytest.approx(1.0, rel=1e-6)
+    assert approx.spent.epsilon(1e-6) == pytest.approx(1.0, rel=SLACK)
     endless = TreeCounter(None, budget=RHO)
     endless.update(1)
     assert endless.spent == Budget(rho=0.25)
     endless.update(1)
     assert endless.spent == RHO
-
-
-def test_past_the_horizon_nothing_changes():
-    counter = seeded(5, 2)
-    counter.update_many(bits(4, 2))
-    before = counter.state_dict()
-    with pytest.raises(HorizonExceeded, match="TreeCounter: 2 more after 4 .* horizon of 5"):
-        counter.update_many(bits(2, 2))
-    assert repr(counter.state_dict()) == repr(before)
-    counter.update(bits(1, 2)[0])
-    before = counter.state_dict()
-    with pytest.raises(HorizonExceeded):
-        counter.update(bits(1, 2)[0])
-    assert repr(counter.state_dict()) == repr(before)
-    assert issubclass(HorizonExceeded, ValueError)
-
-
-def test_copies_and_forks_share_no_future_noise():
-    counter = TreeCounter(100, 50, budget=RHO)
-    counter.update(torch.zeros(50).long())
-    twin = copy.deepcopy(counter)
-    row = torch.zeros(50).long()
-    assert torch.equal(counter.last(), twin.last())
-    assert not torch.equal(counter.update(row), twin.update(row))
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.write(writing, counter.update(row).numpy().tobytes())
-        os._exit(0)
-    os.waitpid(child, 0)
-    theirs = np.frombuffer(os.read(reading, 1 << 16), np.int64)
-    assert not np.array_equal(counter.update(row).numpy(), theirs)
-    # Nor is noise that nobody has used yet written down.
-    assert counter.state_dict()["inner"]["noise"]["rows"] == {}
 
 
 def test_neither_stream_nor_global_randomness_is_touched():
@@ -482,7 +361,7 @@ def test_clipping_integers():
 def test_bounds_in_closed_form():
     counter = TreeCounter(1024, 35, budget=RHO, row_sensitivity=math.sqrt(35))
     wanted = math.sqrt(35) * math.sqrt(110) * math.sqrt(2 * math.log(2 * 35 * 1024 / 0.05))
-    assert counter.error_bound(0.05) == pytest.approx(wanted, rel=1e-6)
+    assert counter.error_bound(0.05) == pytest.approx(wanted, rel=ROUNDED)
     with pytest.raises(ValueError, match="TreeCounter: beta must be > 0 and < 1, got 1"):
         counter.error_bound(1)
 
@@ -562,6 +441,24 @@ def test_bad_rows_are_refused_without_showing_them_and_nothing_changes():
     assert repr(counter.state_dict()) == before
 
 
+def test_sums_beyond_sixty_three_bits_wrap_as_is_said():
+    counter = TreeCounter(2, budget=RHO, noise=Zero())
+    assert counter.update_many([1 << 62, 1 << 62]).tolist() == [1 << 62, -(1 << 63)]
+
+
+def test_an_epoch_whose_noise_has_too_many_digits_is_refused_before_it_begins():
+    rho = 1.5 / 2**60  # σ² is H / (2ρ) in each half: below 2^61 up to two levels
+    counter = TreeCounter(None, budget=Budget(rho), noise=Zero())
+    counter.update_many([1] * 3)
+    before = repr(counter.state_dict())
+    for call, row in ((counter.update, 1), (counter.update_many, [1, 1])):
+        with pytest.raises(ValueError, match="TreeCounter: budget must .* 61 bits, got Budget"):
+            call(row)
+        assert repr(counter.state_dict()) == before
+    # Real noise has the digits.
+    assert TreeCounter(10, budget=Budget(1e-25), sampler="float").update(1.0).isfinite()
+
+
 @pytest.mark.parametrize("clip", [None, "l2", "linf"])
 def test_real_rows_that_are_no_numbers_are_refused(clip):
     counter = TreeCounter(5, 2, budget=RHO, sampler="float", clip=clip, noise=Zero())
@@ -574,18 +471,9 @@ def test_real_rows_that_are_no_numbers_are_refused(clip):
         assert counter.update(largest).isfinite().all()
 
 
-def test_a_state_of_other_settings_is_refused():
-    state = seeded(8, 2).state_dict()
-    for other in (seeded(9, 2), seeded(8, 3), seeded(8, 2, estimator="honaker")):
-        with pytest.raises(ValueError, match="TreeCounter: the saved state has"):
-            other.load_state_dict(state)
-    with pytest.raises(ValueError, match="must hold 'inner'"):
-        seeded(8, 2).load_state_dict({k: v for k, v in state.items() if k != "inner"})
-
-
 def test_the_plan_says_what_it_is():
     plan = TreeCounter(64, budget=RHO).plan
-    assert plan == {"mechanism": "tree", "sigma": pytest.approx(math.sqrt(42), rel=1e-6)}
+    assert plan == {"mechanism": "tree", "sigma": pytest.approx(math.sqrt(42), rel=ROUNDED)}
     assert TreeCounter(64, budget=RHO, estimator="honaker").plan["mechanism"] == "honaker"
     assert TreeCounter(None, budget=RHO).plan["sigma"] == pytest.approx(math.sqrt(2))
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from recorded_noise import Given, Recording, Replay, Zero
+from rounded_scales import ROUNDED
 
 from batchery.privacy import Budget, FactorizationCounter, FloatNoise, TreeCounter, noise_stream
 from batchery.privacy.toeplitz import (
@@ -63,7 +64,7 @@ def test_the_norm_of_the_square_root_is_the_logarithm(horizon):
 
 
 @each
-@pytest.mark.parametrize("horizon", [1, 2, 3, 8, 63, 70, 150, 260])
+@pytest.mark.parametrize("horizon", [1, 2, 3, 8, 63, 70, 150, 260, 1024])
 def test_sums_are_the_product_of_the_factors(kinds, horizon):
     strategy = strategy_of(horizon, **kinds)
     b, c = impulses(horizon, **kinds), matrix(strategy.column(horizon))
@@ -71,7 +72,7 @@ def test_sums_are_the_product_of_the_factors(kinds, horizon):
     np.testing.assert_allclose(b, matrix(strategy.recovery(horizon)), rtol=0, atol=1e-12)
     counter = FactorizationCounter(horizon, budget=RHO, **kinds)
     # σ² = (largest column of C)² Δ² / (2ρ), and the variances are those of B.
-    assert float(counter.design.scale) == pytest.approx((c**2).sum(0).max(), rel=2e-7)
+    assert float(counter.design.scale) == pytest.approx((c**2).sum(0).max(), rel=ROUNDED)
     variances = float(counter.design.scale) * (b**2).sum(1)
     told = [counter.variance(t) for t in range(1, horizon + 1)]
     np.testing.assert_allclose(told, variances, rtol=1e-10)
@@ -163,7 +164,7 @@ def test_more_participations_make_more_noise():
     once = FactorizationCounter(64, **kinds)
     thrice = FactorizationCounter(64, max_participations=3, **kinds)
     assert once.bands == 16
-    assert float(thrice.design.scale) == pytest.approx(3 * float(once.design.scale), rel=3e-7)
+    assert float(thrice.design.scale) == pytest.approx(3 * float(once.design.scale), rel=ROUNDED)
 
 
 def test_auto_takes_the_root_while_its_noise_fits():
@@ -226,9 +227,19 @@ def test_resumes_bit_for_bit(kinds, horizon, at):
 @each
 @pytest.mark.parametrize("horizon", [1, 2, 7, 33, 64, 70])
 def test_coupled_runs_on_neighbours_are_the_same_and_cost_what_was_declared(kinds, horizon):
+    check_coupling(kinds, horizon, int(np.random.default_rng(horizon).integers(0, horizon)))
+
+
+@each
+@pytest.mark.parametrize("horizon", range(1, 21))
+def test_coupled_runs_agree_whichever_row_is_the_other(kinds, horizon):
+    for at in range(horizon):
+        check_coupling(kinds, horizon, at)
+
+
+def check_coupling(kinds, horizon, at):
     """As for the tree: noise shifted by C(x - x') makes the other's releases the same."""
-    coins = np.random.default_rng(horizon)
-    at = int(coins.integers(0, horizon))
+    coins = np.random.default_rng((horizon, at))
     pair = coins.integers(0, 2, 2).astype(float)
 
     def run(noise, b):
@@ -306,6 +317,41 @@ def test_the_stream_of_noise_adds_up_to_what_the_counter_releases(kinds):
         noise_stream(used)
     with pytest.raises(ValueError, match="counter must have a horizon"):
         noise_stream(FactorizationCounter(None, budget=RHO))
+
+
+def test_only_a_counter_has_a_stream_of_noise():
+    for given in (3, None, "counter"):
+        with pytest.raises(TypeError, match="noise_stream: counter must be a counter, got"):
+            noise_stream(given)
+
+
+@each
+def test_weights_trained_with_the_stream_of_noise_are_the_releases_of_the_counter(kinds):
+    """Plain SGD on clipped gradients with this noise: its weights tell what the counter would."""
+    steps, lr = 40, 0.1
+
+    def build():
+        noise = FloatNoise(torch.Generator().manual_seed(1))
+        return FactorizationCounter(steps, 3, budget=RHO, noise=noise, **kinds)
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(steps, 5, 3, dtype=torch.float64, generator=generator)
+    y = torch.randn(steps, 5, dtype=torch.float64, generator=generator)
+    weights = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = torch.optim.SGD([weights], lr=lr)
+    rows, trained = [], []
+    for batch, target, noise in zip(x, y, noise_stream(build()), strict=True):
+        records = []
+        for features, wanted in zip(batch, target, strict=True):
+            loss = (features @ weights - wanted) ** 2 / 2
+            gradient = torch.autograd.grad(loss, weights)[0]
+            records.append(gradient / gradient.norm().clamp(min=1.0))  # of norm 1 at most
+        rows.append(torch.stack(records).sum(0))
+        weights.grad = rows[-1] + noise
+        optimizer.step()
+        trained.append((1 - weights.detach()) / lr)
+    releases = build().update_many(torch.stack(rows))
+    torch.testing.assert_close(torch.stack(trained), releases, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -341,6 +341,18 @@ def test_bad_scales_are_named(kind, scale, error, message):
         DiscreteNoise().sample(kind, scale, (1,))
 
 
+@pytest.mark.parametrize("draw", [discrete_gaussian, discrete_laplace])
+def test_bad_shapes_are_named(draw):
+    for shape in (-3, (2, -1)):
+        with pytest.raises(ValueError, match=f"{draw.__name__}: shape must be >= 0, got -"):
+            draw(2, shape)
+    for shape in (2.5, "ab", (True,)):
+        with pytest.raises(TypeError, match=f"{draw.__name__}: shape must be an integer, got"):
+            draw(2, shape)
+    assert draw(2, (0, 3)).shape == (0, 3)
+    assert draw(2, np.int64(4)).shape == (4,)
+
+
 def test_scales_are_rounded_up_to_few_digits():
     for value in (Fraction(1, 3), Fraction(10**9 + 7), Fraction(22, 7), Fraction(1, 10**12)):
         rounded = round_up(value)

@@ -95,7 +95,16 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """Return the least ε at δ of Gaussian noise with σ = Δ / μ; 0 when δ alone covers it."""
+    """Return the least ε at δ of Gaussian noise with σ = Δ / μ; 0 when δ alone covers it.
+
+    Args:
+        mu: μ = Δ / σ, above 0.
+        delta: δ, in (0, 1).
+
+    Example:
+        >>> round(gaussian_epsilon(1 / 3.73063, 1e-5), 4)
+        1.0
+    """
     number("gaussian_epsilon", "mu", mu, above=0)
     number("gaussian_epsilon", "delta", delta, above=0, below=1)
     if gaussian_delta(mu, 0.0) * _SLACK <= delta:
@@ -104,7 +113,16 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 def gaussian_mu(epsilon: float, delta: float) -> float:
-    """Return the greatest μ with which Gaussian noise is (ε, δ)-private."""
+    """Return the greatest μ with which Gaussian noise is (ε, δ)-private.
+
+    Args:
+        epsilon: ε, above 0.
+        delta: δ, in (0, 1).
+
+    Example:
+        >>> round(1 / gaussian_mu(1.0, 1e-5), 5)
+        3.73063
+    """
     number("gaussian_mu", "epsilon", epsilon, above=0)
     number("gaussian_mu", "delta", delta, above=0, below=1)
     return _largest(lambda mu: gaussian_delta(mu, epsilon) * _SLACK <= delta)
@@ -123,6 +141,8 @@ def gaussian_scale(epsilon: float, delta: float, sensitivity: float = 1.0) -> fl
         3.73063
     """
     number("gaussian_scale", "sensitivity", sensitivity, above=0)
+    finite = math.isfinite(sensitivity)
+    require(finite, "gaussian_scale", "sensitivity", "must be finite", sensitivity)
     return sensitivity / gaussian_mu(epsilon, delta)
 
 

@@ -20,7 +20,7 @@ from batchery.privacy.factorisation import FactorizationCounter, factor_design, 
 from batchery.privacy.mechanism import Mechanism, State
 from batchery.privacy.noise_rows import Noise, Sampler
 from batchery.privacy.raw_release import Counted, Fired, Held, RawRelease
-from batchery.privacy.running_sum import Design
+from batchery.privacy.running_sum import Design, epoch_of
 from batchery.privacy.tree import tree_design
 
 MechanismName = Literal["auto", "recompute", "tree", "sqrt", "sparse", "constant"]
@@ -74,14 +74,18 @@ class ColumnMechanism(Mechanism):
         self.bounds: dict[str, float] = {}
         if self.horizon is not None:
             self.bounds = {name: self._bound(name, self.horizon) for name in self._allowed}
+        rivals = [name for name in self.bounds if self._is_rival(name)]
+        chosen: str = mechanism
         if mechanism == "auto":
-            chosen = min(self.bounds, key=self.bounds.__getitem__, default="recompute")
-        else:
-            chosen = mechanism
+            chosen = min(rivals, key=self.bounds.__getitem__, default="recompute")
         self.mechanism = chosen
         self._cost = self._cost_of(chosen)
         self._previous = 0
         self._raw = self._begin(chosen)
+
+    def _is_rival(self, name: str) -> bool:
+        """Whether "auto" may take a mechanism."""
+        return True
 
     @abstractmethod
     def _bound(self, name: str, horizon: int) -> float:
@@ -115,9 +119,23 @@ class ColumnMechanism(Mechanism):
 
     def _held(self) -> Held:
         endless = self.horizon is None
-        return Held(
-            self._recompute, self._answer, self._zeros(), epochs=endless, shares=self._share
-        )
+        held = Held(self._drawable, self._answer, self._zeros(), epochs=endless, shares=self._share)
+        held.plan(0)
+        return held
+
+    def _drawable(self, epoch: int) -> Recompute:
+        plan = self._recompute(epoch)
+        largest = plan.scale.numerator
+        if plan.kind == "exponential":  # a gap of T times it has 63 bits, and what divides it 62
+            gap = largest * (self.horizon or 2 << epoch)
+            largest = max(gap >> 2, plan.scale.denominator >> 1)
+        self._require_drawable(largest)
+        return plan
+
+    def _require_room(self, n: int) -> None:
+        super()._require_room(n)
+        if self.horizon is None and isinstance(self._raw, Held):
+            self._raw.plan(epoch_of(self.t + n))  # refuses one whose noise could not be drawn
 
     def _plans(self, beta: float) -> list[tuple[Recompute, float]]:
         """Return the plans of recomputing up to now, each with its part of a probability."""
@@ -181,6 +199,23 @@ class ColumnMechanism(Mechanism):
     def fraction(self) -> float:
         """Return the part of the budget that the releases so far have spent."""
         return self._raw.fraction()
+
+    def expected_squared_error(self) -> float | None:
+        """Return the mean over the releases of the variance of the noise in one.
+
+        Of a counter that of one column's count. It is the part of the error that rows have no part
+        in: what a held release is behind by comes on top, and `consistent` may take some away. None
+        for a choice, for `"sparse"` and for `"constant"`, whose errors are made by the rows.
+        Without a horizon, over the releases up to the end of the current epoch.
+        """
+        raw = self._raw
+        if isinstance(raw, Counted):
+            return raw.counter.expected_squared_error()
+        if not isinstance(raw, Held) or raw.plan(0).kind == "exponential":
+            return None
+        epochs = range(raw.epoch() + 1)  # the e-th has 2^e steps
+        noise = [(1 << e) * float(raw.plan(e).sigma() or 0.0) ** 2 for e in epochs]
+        return sum(noise) / ((1 << len(epochs)) - 1)
 
     @property
     def stats(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ and the stack holds noise, so that a step is one addition to each.
 
 import math
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import torch
@@ -70,7 +71,7 @@ class Counter(Mechanism):
         super().__init__(
             horizon, budget=budget, sampler=sampler, noise=noise, device=device, dtype=dtype
         )
-        lengths = (shape,) if isinstance(shape, int) else tuple(shape)
+        lengths = tuple(shape) if isinstance(shape, Iterable) else (shape,)
         for length in lengths:
             integer(self._owner, "shape", length, at_least=1)
         number(self._owner, "row_sensitivity", row_sensitivity, above=0)
@@ -100,17 +101,24 @@ class Counter(Mechanism):
     def _begin(self) -> None:
         """Make the running sum; subclasses call it last."""
         if self.horizon is not None:
-            self.design = self._design(self.horizon, self._cost)
+            self.design = self._drawable(self.horizon, self._cost)
         else:
             half, step = self._cost.share(0.5), exact(self.row_sensitivity)
-            self.design = DoublingDesign(self._epoch, *calibrate(half, step * step, step))
+            kind, scale = calibrate(half, step * step, step)
+            self._require_drawable(scale.numerator)
+            self.design = DoublingDesign(self._epoch, kind, scale)
         place = Place(self.noise, self.shape, self.device, self.dtype)
         self._sum = self.design.begin(place)
 
     def _epoch(self, rows: int) -> Design:
         if rows not in self._epochs:
-            self._epochs[rows] = self._design(rows, self._cost.share(0.5))
+            self._epochs[rows] = self._drawable(rows, self._cost.share(0.5))
         return self._epochs[rows]
+
+    def _drawable(self, horizon: int, budget: Budget) -> Design:
+        design = self._design(horizon, budget)
+        self._require_drawable(design.largest_scale(horizon).numerator)
+        return design
 
     @abstractmethod
     def _design(self, horizon: int, budget: Budget) -> Design:
@@ -119,7 +127,7 @@ class Counter(Mechanism):
     def _require_room(self, n: int) -> None:
         super()._require_room(n)
         if self.horizon is None:
-            self._epoch(1 << epoch_of(self.t + n))  # refuses an epoch that does not fit in memory
+            self._epoch(1 << epoch_of(self.t + n))  # refuses one that does not fit, or is not drawn
 
     def _checked(self, rows: Any, *, many: bool) -> Tensor:
         # As what they are added to: nothing that a sum may stumble over is left for the step.
@@ -128,9 +136,8 @@ class Counter(Mechanism):
         if tensor.is_floating_point() and not math.isfinite(tensor.sum()):
             unfit = int((~tensor.isfinite()).sum())
             if unfit:  # no clipping bounds it, and no sum recovers from it
-                raise ValueError(
-                    f"{self._owner}: row must hold finite numbers; {unfit} of its entries are not"
-                )
+                rule = f"must hold finite numbers; {unfit} of its entries are not"
+                raise ValueError(f"{self._owner}: {'rows' if many else 'row'} {rule}")
         if self.clip is None:
             return tensor
         if self.clip == "linf":
@@ -214,9 +221,11 @@ class TreeCounter(Counter):
         shape: of one row.
         budget: of all releases together. A pure one takes Laplace noise.
         row_sensitivity: the most by which one record changes its row: L2 norm, with a pure budget
-            L1. It is a promise, unless `clip` keeps it. √d for rows of d bits, d with a pure one.
+            L1. It is a promise, unless `clip` keeps it: no row shows what another record would
+                have made of it. √d for rows of d bits, d with a pure one.
         estimator: `"prefix"`, or `"honaker"`, which has half the variance and real releases.
-        sampler: `"discrete"`: integer rows, exact integer noise. `"float"`: no formal guarantee.
+        sampler: `"discrete"`: integer rows, exact integer noise; sums are int64 and wrap beyond
+            2^63, which is wrong and tells nothing. `"float"`: no formal guarantee.
         clip: keep the promise: `"l2"` shortens rows, `"linf"` clamps entries.
         adjacency: what clipping has to hide: a record replaced by another, or by a row of zeros.
         noise: draws the noise in place of the sampler's own; for tests.

@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchery._core.validate import integer, one_of, require
+from batchery._core.validate import integer, one_of, require, require_type
 from batchery.privacy.accounting import Budget
 from batchery.privacy.counters import Adjacency, Clip, Counter
 from batchery.privacy.mechanism import State, calibrate, exact
@@ -273,6 +273,7 @@ def noise_stream(counter: Counter) -> Iterator[Tensor]:
         counter: with a horizon; its steps are used up.
 
     Raises:
+        TypeError: it is no counter.
         ValueError: the counter has no horizon, or has been used.
 
     Example:
@@ -280,6 +281,8 @@ def noise_stream(counter: Counter) -> Iterator[Tensor]:
         >>> [tuple(noise.shape) for noise in noise_stream(counter)]
         [(2,), (2,), (2,)]
     """
+    is_counter = isinstance(counter, Counter)
+    require_type(is_counter, "noise_stream", "counter", "must be a counter", counter)
     require(counter.horizon is not None, "noise_stream", "counter", "must have a horizon", counter)
     require(counter.t == 0, "noise_stream", "counter", "must be new", counter)
     return _increments(counter, counter.horizon or 0)

@@ -41,7 +41,12 @@ from batchery.privacy.tree import TreeDesign
 
 
 class Challenge(NamedTuple):
-    """Two records, of which the game takes one."""
+    """Two records, of which the game takes one.
+
+    Example:
+        >>> Challenge(0, 1).second
+        1
+    """
 
     first: Any
     second: Any

@@ -15,8 +15,9 @@ may be shown twice, never with two values.
 
 One process at a time holds a stream, by a lock that ends with the process. What counts is the
 version: an update begins by finding the entry as this process left it, inside the transaction, or
-draws nothing. A total is kept by reserving: opening a stream takes all that it may ever cost, and
-nothing gives that back.
+draws nothing. A total is kept by reserving: opening a stream takes all that it may ever cost.
+Before its first step closing it gives that back, and opening it declares it anew; afterwards
+nothing does.
 
 THE FILE IS AS SENSITIVE AS THE RAW DATA: it holds exact sums, and the noise that hides them. It has
 mode 0600. An old copy of it would draw noise again for what was seen: say how much has been
@@ -27,6 +28,7 @@ How the file is made and written is in `batchery.privacy.ledger_file`.
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -35,8 +37,8 @@ from typing import Any
 from batchery._core.state import check_fits
 from batchery._core.validate import require, require_type
 from batchery.privacy.accounting import Budget
-from batchery.privacy.ledger_file import Entry, LedgerFile
-from batchery.privacy.mechanism import Mechanism, State
+from batchery.privacy.ledger_file import LedgerFile
+from batchery.privacy.mechanism import Mechanism
 from batchery.privacy.saved_state import state_from_bytes, state_to_bytes
 from batchery.privacy.stream import Stream
 
@@ -76,7 +78,7 @@ class Account:
     Attributes:
         name: of the stream.
         t: steps of its mechanism.
-        reserved: what all its releases may cost.
+        reserved: what all its releases may cost; nothing, if it was closed before the first step.
         spent: what those up to `t` have cost.
     """
 
@@ -91,15 +93,16 @@ class Ledger:
 
     Args:
         path: of the file; it is made when there is none.
-        total: what all streams together may cost. It is said when the file is made; later it may
-            be left out, and another one is refused.
+        total: what all streams together may cost. It is said once, best when the file is made;
+            later it may be left out, and another one is refused.
 
     Attributes:
         total: the total, or None.
 
     Raises:
+        BudgetExceeded: the file had no total, and its streams have reserved more than this one.
         CorruptLedger: the file is damaged, empty, or no ledger; it is left as it is.
-        ValueError: the file was made with another total.
+        ValueError: the file has another total.
 
     Example:
         >>> import tempfile
@@ -120,11 +123,35 @@ class Ledger:
         fits = total is None or isinstance(total, Budget)
         require_type(fits, "Ledger", "total", "must be a Budget", total)
         self.file = LedgerFile(path, None if total is None else asdict(total))
-        self.total = None if self.file.total is None else _budget(self.file.total)
-        if total not in (None, self.total):
+        try:
+            with self.file.writing():
+                self._agree(total)
+        except BaseException:
             self.close()
-            rule = f"must be {self.total!r}, with which {path} was made"
-            require(False, "Ledger", "total", rule, total)
+            raise
+
+    def _agree(self, total: Budget | None) -> None:
+        """Read the total, or set it if the file has none."""
+        found = self.file.total()
+        self.total = None if found is None else _budget(found)
+        if total is None or total == self.total:
+            return
+        rule = f"must be {self.total!r}, as {self.file.path} has it"
+        require(self.total is None, "Ledger", "total", rule, total)
+        costs = self._reserved()
+        if not within(total, costs):
+            taken = " and ".join(map(repr, costs))
+            raise BudgetExceeded(
+                f"{self.file.path} has reserved {taken}, beyond a total of {total!r}"
+            )
+        self.file.set_total(asdict(total))
+        self.total = total
+
+    def _reserved(self, *, without: str | None = None) -> list[Budget]:
+        """Return what streams have reserved, but for one of them."""
+        heads = [entry.head for entry in self.file.entries()]
+        costs = [_budget(head["cost"]) for head in heads if head["name"] != without]
+        return [cost for cost in costs if cost.rho > 0]
 
     def accounts(self) -> list[Account]:
         """Return what every stream has reserved and spent, in order of opening."""
@@ -148,11 +175,12 @@ class Ledger:
         Args:
             name: of the stream.
             mechanism: a new one, with the stream's parameters; it is given the saved state.
-            declared: further parameters that must be the same every time, plain values.
+            declared: further parameters, plain values; from the first step on they must be the
+                same every time.
             published: steps whose releases the world is known to have seen.
 
         Raises:
-            BudgetExceeded: the total would be exceeded; nothing is reserved.
+            BudgetExceeded: the total would be exceeded; nothing more is reserved.
             LedgerConflict: another process holds the stream.
             ValueError: a parameter is not what was declared (it is named), the mechanism has been
                 used, or the saved state is behind what was published.
@@ -164,46 +192,7 @@ class Ledger:
         twice = sorted(own.keys() & state["settings"].keys())
         require(not twice, "Ledger", "declared", "must not name the mechanism's settings", twice)
         parameters = json.loads(json.dumps({**state["settings"], **own}))
-        with self.file.writing():
-            entry = self._find(name) or self._begin(name, mechanism, parameters, state, published)
-        lock = self.file.lock(entry.id, name)
-        try:
-            with self.file.writing():
-                entry = self._find(name) or entry  # as whoever held it has left it
-                owner = f"stream {name!r}"
-                check_fits(owner, entry.head["declared"], parameters)
-                check_fits(owner, parameters, entry.head["declared"])
-                seen = max(int(published), entry.head["published"])
-                mechanism.resume(state_from_bytes(entry.state), published=seen)
-                # Should locks not work here, the one before finds another version, and stops.
-                entry = replace(entry, version=entry.version + 1)
-                self.file.write(entry)
-            return Stream(self.file, entry, mechanism, lock)
-        except BaseException:
-            lock.close()
-            raise
-
-    def _find(self, name: str) -> Entry | None:
-        return next((entry for entry in self.file.entries() if entry.head["name"] == name), None)
-
-    def _begin(
-        self,
-        name: str,
-        mechanism: Mechanism,
-        parameters: dict[str, Any],
-        state: State,
-        published: int,
-    ) -> Entry:
-        """Reserve the cost of a stream and write its first entry."""
-        mechanism.resume(state, published=published)  # refuses what a lost ledger has published
         cost = mechanism.cost
-        reserved = [_budget(entry.head["cost"]) for entry in self.file.entries()]
-        if self.total is not None and not within(self.total, [*reserved, cost]):
-            taken = " and ".join(map(repr, reserved)) or "nothing"
-            raise BudgetExceeded(
-                f"stream {name!r} costs {cost!r}; of the ledger's {self.total!r}, "
-                f"{taken} is reserved already"
-            )
         head = {
             "name": name,
             "declared": parameters,
@@ -214,7 +203,37 @@ class Ledger:
             "releases": 0,
             "note": None,
         }
-        return self.file.add(head, state_to_bytes(state))
+        with ExitStack() as undo:
+            with self.file.writing():
+                entry = next((e for e in self.file.entries() if e.head["name"] == name), None)
+                entry = entry or self.file.add(head, state_to_bytes(state))
+                lock = self.file.lock(entry.id, name)
+                undo.callback(lock.close)
+                if entry.head["t"] == 0:
+                    self._require_room(name, cost)
+                    entry = replace(entry, head=head, state=state_to_bytes(state))
+                owner = f"stream {name!r}"
+                check_fits(owner, entry.head["declared"], parameters)
+                check_fits(owner, parameters, entry.head["declared"])
+                seen = max(int(published), entry.head["published"])
+                mechanism.resume(state_from_bytes(entry.state), published=seen)
+                # Should locks not work here, the one before finds another version, and stops.
+                head = entry.head | {"published": seen}
+                entry = replace(entry, version=entry.version + 1, head=head)
+                self.file.write(entry)
+            undo.pop_all()
+        return Stream(self.file, entry, mechanism, lock)
+
+    def _require_room(self, name: str, cost: Budget) -> None:
+        """Refuse a stream that does not fit into the total beside the others."""
+        self._agree(None)
+        others = self._reserved(without=name)
+        if self.total is not None and not within(self.total, [*others, cost]):
+            taken = " and ".join(map(repr, others)) or "nothing"
+            raise BudgetExceeded(
+                f"stream {name!r} costs {cost!r}; of the ledger's {self.total!r}, "
+                f"{taken} is reserved already"
+            )
 
     def close(self) -> None:
         """Close the file; streams must be closed before."""

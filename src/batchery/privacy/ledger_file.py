@@ -19,7 +19,7 @@ import os
 import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class LedgerError(RuntimeError):
 
 
 class CorruptLedger(LedgerError):
-    """A ledger is damaged, empty, gone, or no ledger. It is left as it is."""
+    """A ledger is damaged, empty, gone, or no ledger. Its content is left as it is."""
 
 
 class LedgerConflict(LedgerError):
@@ -92,6 +92,7 @@ class LedgerFile:
 
     Raises:
         CorruptLedger: the file is damaged, empty, or no ledger; or it is gone and locks are left.
+        LedgerError: the file has another format.
     """
 
     def __init__(self, path: str | Path, total: Any) -> None:
@@ -101,6 +102,7 @@ class LedgerFile:
             self._create(total)
         if not self.path.stat().st_size:
             raise CorruptLedger(f"{self.path} is empty: a ledger never is")
+        self._check_head()
         with self._named():
             self._database = sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None)
             try:
@@ -133,20 +135,31 @@ class LedgerFile:
         finally:
             Path(temporary).unlink()
 
+    def _check_head(self) -> None:
+        """Look without a trace, since what is no ledger must stay as it is.
+
+        SQLite does it, for to close a file that this process has locked would unlock it.
+        """
+        address = f"{self.path.absolute().as_uri()}?mode=ro&immutable=1"
+        with self._named(), closing(sqlite3.connect(address, uri=True)) as database:
+            application, version = (
+                database.execute(f"PRAGMA {name}").fetchone()[0]
+                for name in ("application_id", "user_version")
+            )
+        if application != _APPLICATION:
+            raise CorruptLedger(f"{self.path} is damaged, or no ledger")
+        if version != _FORMAT:
+            raise LedgerError(f"{self.path} has format {version}, and {_FORMAT} is read here")
+
     def _check(self) -> None:
         if self.path.stat().st_mode & 0o077:
             self.path.chmod(0o600)
         for pragma in ("journal_mode = DELETE", "synchronous = EXTRA", "fullfsync = ON"):
             self._database.execute(f"PRAGMA {pragma}")
-        if self._pragma("application_id") != _APPLICATION:
-            raise CorruptLedger(f"{self.path} is damaged, or no ledger")
-        version = self._pragma("user_version")
-        if version != _FORMAT:
-            raise LedgerError(f"{self.path} has format {version}, and {_FORMAT} is read here")
         with self.writing():
             found = self._pragma("integrity_check(1)")
             self._require_whole(found == "ok", found)
-            self.total, count = self._own()
+            _, count = self._own()
             self._require_whole(len(self.entries()) == count, "a stream is missing")
 
     def _pragma(self, name: str) -> Any:
@@ -188,12 +201,25 @@ class LedgerFile:
                 raise
 
     def _own(self) -> tuple[Any, int]:
-        """Return what the file was made with, and the number of streams."""
+        """Return the total, and the number of streams."""
         rows = self._database.execute("SELECT total, streams, seal FROM ledger").fetchall()
         self._require_whole(len(rows) == 1, "its total is missing")
         text, count, seal = rows[0]
         self._require_whole(seal == _seal(text, count), "its total")
         return json.loads(text), count
+
+    def _write_own(self, total: Any, count: int) -> None:
+        text = json.dumps(total)
+        own = (text, count, _seal(text, count))
+        self._database.execute("UPDATE ledger SET total = ?, streams = ?, seal = ?", own)
+
+    def total(self) -> Any:
+        """Return the plain values that the file was made with, or was given since."""
+        return self._own()[0]
+
+    def set_total(self, total: Any) -> None:
+        """Write other plain values in their place."""
+        self._write_own(total, self._own()[1])
 
     def entries(self) -> list[Entry]:
         """Return all streams in order of opening, each of them checked."""
@@ -221,8 +247,7 @@ class LedgerFile:
         entry = Entry(int(self._database.execute(insert).lastrowid or 0), 0, head, state)
         self.write(entry)
         total, count = self._own()
-        own = (count + 1, _seal(json.dumps(total), count + 1))
-        self._database.execute("UPDATE ledger SET streams = ?, seal = ?", own)
+        self._write_own(total, count + 1)
         return entry
 
     def write(self, entry: Entry) -> None:

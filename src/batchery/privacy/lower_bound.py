@@ -91,6 +91,11 @@ class HardStream:
     Attributes:
         secret: the hidden rows, bool [n, d].
         horizon: T, the number of rows.
+
+    Example:
+        >>> stream = HardStream(torch.tensor([[True, False], [True, True]]), 10)
+        >>> stream.read_out(stream.maxima()).tolist() == stream.counts().tolist() == [2, 1]
+        True
     """
 
     secret: Tensor

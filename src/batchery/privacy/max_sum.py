@@ -17,8 +17,9 @@ Rows x_t ∈ {0,1}^d, S_t their sums; M_t = max_j S_t[j] moves by at most 1 with
     "sparse"     released when a noisy comparison finds M_t a threshold above the last release
     "constant"   t/2, or index 0
 
-`"auto"` takes the one whose bound is least for T, d, budget and β, never looking at rows. Releases
-of the maximum are then made to rise by 0 or 1 a step, which costs nothing and keeps the bound.
+`"auto"` takes the one whose bound is least for T, d, budget and β, never looking at rows; not
+"sparse" where 0 would do as well by the guess that its bound rests on. Releases of the maximum are
+then made to rise by 0 or 1 a step, which costs nothing and keeps the bound.
 Without a horizon the e-th epoch, of 2^e steps, gets 6 / (π² (e+1)²) of the budget.
 
 Reference: Jain, Raskhodnikova, Sivakumar, Smith, "The Price of Differential Privacy under Continual
@@ -67,7 +68,8 @@ class MaxSum(ColumnMechanism):
         consistent: make releases rise by 0 or 1 a step.
         hold: what `"recompute"` shows between releases.
         interval: r of `"recompute"`, instead of the best; from no data.
-        expected_max: what the maximum will end at, for `"sparse"`: a public guess, from no data.
+        expected_max: what the maximum will end at, for `"sparse"`: a public guess, from no data. By
+            it 0 is never off by more, so that `"auto"` takes `"sparse"` only below it.
         sampler: `"discrete"`: exact integer noise. `"float"`: no formal guarantee.
         noise: draws the noise in place of the sampler's own; for tests.
         device: of the sums.
@@ -147,6 +149,9 @@ class MaxSum(ColumnMechanism):
             monotone=self.adjacency == "add_remove",
         )
 
+    def _is_rival(self, name: str) -> bool:
+        return name != "sparse" or self.bounds[name] < (self.expected_max or math.inf)
+
     def _bound(self, name: str, horizon: int) -> float:
         if name == "recompute":
             return self._recompute(0).bound(self.beta)
@@ -158,7 +163,10 @@ class MaxSum(ColumnMechanism):
         if name == "recompute":
             return self._held()
         if name == "sparse":
-            return Fired(self._sparse(self.horizon or 1), self.noise, self._zeros())
+            plan = self._sparse(self.horizon or 1)
+            scales = (plan.scale, plan.threshold_scale, plan.query_scale)
+            self._require_drawable(max(scale.numerator for scale in scales))
+            return Fired(plan, self.noise, self._zeros())
         return Constant(0.5) if name == "constant" else Counted(self._counter(name), None)
 
     def _answer(self, sums: Tensor, plan: Recompute) -> int:

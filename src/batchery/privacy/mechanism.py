@@ -33,7 +33,7 @@ from torch import Tensor
 from batchery._core.state import check_fits
 from batchery._core.validate import integer, one_of, require, require_type
 from batchery.privacy.accounting import Budget
-from batchery.privacy.noise import DiscreteNoise, NoiseKind, round_up
+from batchery.privacy.noise import LARGEST, DiscreteNoise, NoiseKind, round_up
 from batchery.privacy.noise_rows import FloatNoise, Noise, Sampler
 
 State = dict[str, Any]
@@ -41,7 +41,16 @@ Commit = Callable[[State], object]
 
 
 class HorizonExceeded(ValueError):
-    """A mechanism was asked for more releases than it was made, and paid, for."""
+    """A mechanism was asked for more releases than it was made, and paid, for.
+
+    Example:
+        >>> from batchery.privacy import TreeCounter
+        >>> try:
+        ...     TreeCounter(2, budget=Budget(rho=0.5)).update_many([1, 1, 1])
+        ... except HorizonExceeded as error:
+        ...     str(error)
+        'TreeCounter: 3 more after 0 is beyond the horizon of 2'
+    """
 
 
 def exact(value: float) -> Fraction:
@@ -164,6 +173,16 @@ class Mechanism(ABC):
     def _owner(self) -> str:
         return type(self).__name__
 
+    def _require_drawable(self, largest: int) -> None:
+        """Refuse a budget for which the exact sampler lacks digits, before anything moves.
+
+        Args:
+            largest: the numerator of a law's scale, or another number that has to fit.
+        """
+        fits = self.sampler == "float" or largest < LARGEST
+        rule = "must ask for exact noise of less than 61 bits"
+        require(fits, self._owner, "budget", rule, self.budget)
+
     def update(self, row: Any, *, commit: Commit | None = None) -> Any:
         """Add one row and return the release after it.
 
@@ -175,7 +194,7 @@ class Mechanism(ABC):
         Raises:
             HorizonExceeded: there is no release left; nothing has changed.
             TypeError, ValueError: the row has another shape, or entries of a kind or value that is
-                forbidden; nothing has changed.
+                forbidden; nothing has changed, and no message shows a value.
             RuntimeError: an update before was broken off in its middle, and no state loaded since.
         """
         checked = self._checked(row, many=False)
@@ -228,17 +247,22 @@ class Mechanism(ABC):
 
     def _as_rows(self, rows: Any, shape: tuple[int, ...], *, many: bool) -> Tensor:
         """Return rows as a tensor of the shape and kind that is promised, or raise."""
-        tensor = torch.as_tensor(rows, device=self.device)
+        name, lengths = ("rows", ["n >= 1", *shape]) if many else ("row", [*shape])
+        try:
+            tensor = torch.as_tensor(rows)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            # Without its cause, whose message is another's and might show what is in the row.
+            message = f"{self._owner}: {name} must hold numbers of shape {lengths}"
+            raise TypeError(f"{message}, got {type(rows).__name__}") from None
         found = tuple(tensor.shape)
         fits = found[1:] == shape and found[:1] > (0,) if many else found == shape
-        wanted = f"must have shape {['n >= 1', *shape] if many else [*shape]}"
-        require(fits, self._owner, "rows" if many else "row", wanted, [*found])
+        require(fits, self._owner, name, f"must have shape {lengths}", [*found])
         discrete = self.sampler == "discrete"
         if tensor.is_complex() or (discrete and tensor.is_floating_point()):
             wanted = "integers with sampler='discrete'" if discrete else "real numbers"
             found_kind = str(tensor.dtype).removeprefix("torch.")
-            raise TypeError(f"{self._owner}: row must hold {wanted}, got {found_kind}")
-        return tensor.detach()
+            raise TypeError(f"{self._owner}: {name} must hold {wanted}, got {found_kind}")
+        return tensor.detach().to(self.device)
 
     @property
     def cost(self) -> Budget:
@@ -258,6 +282,10 @@ class Mechanism(ABC):
     @abstractmethod
     def error_bound(self, beta: float) -> float:
         """Return what no release misses the truth by, with probability 1 - beta."""
+
+    @abstractmethod
+    def expected_squared_error(self) -> float | None:
+        """Return the mean over the releases of the variance of noise; None where it has none."""
 
     @abstractmethod
     def _checked(self, rows: Any, *, many: bool) -> Tensor: ...
@@ -309,16 +337,42 @@ class Mechanism(ABC):
         """Go on from a saved state, with the noise already in it.
 
         Raises:
-            ValueError: it is no such state, or one of other settings; both values are named.
+            TypeError: it is no mapping.
+            ValueError: it is no such state, or one of other settings; both values are named. The
+                mechanism is where it was.
         """
-        for name in ("settings", "t", "redraws", "inner", "noise"):
-            require(name in state_dict, self._owner, "state_dict", f"must hold {name!r}", "none")
-        check_fits(self._owner, state_dict["settings"], self._all_settings())
+        self._require_state(state_dict)
+        before = None if self._torn else self.state_dict()
         self._torn = True
-        self._load_inner(state_dict["inner"])
+        try:
+            self._load(state_dict)
+        except BaseException as error:
+            if before is not None:
+                self._load(before)
+            if isinstance(error, KeyError | TypeError | RuntimeError | AttributeError):
+                lack = f"no {error}" if isinstance(error, KeyError) else type(error).__name__
+                message = f"{self._owner}: state_dict must hold a whole 'inner' and 'noise'"
+                raise ValueError(f"{message}, got {lack}") from error
+            raise
+
+    def _require_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse what is no state of such a mechanism."""
+        is_mapping = isinstance(state, Mapping)
+        require_type(is_mapping, self._owner, "state_dict", "must be a mapping", state)
+        for name in ("settings", "t", "redraws", "inner", "noise"):
+            require(name in state, self._owner, "state_dict", f"must hold {name!r}", "none")
+        for name in ("t", "redraws"):
+            integer(self._owner, f"state_dict[{name!r}]", state[name], at_least=0)
+        for name in ("settings", "inner"):
+            rule, is_mapping = "must be a mapping", isinstance(state[name], Mapping)
+            require_type(is_mapping, self._owner, f"state_dict[{name!r}]", rule, state[name])
+        check_fits(self._owner, state["settings"], self._all_settings())
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self._load_inner(state["inner"])
         if isinstance(self.noise, _OWN):  # last, for rows of noise move it when they are loaded
-            self.noise.load(state_dict["noise"])
-        self.t, self.redraws = int(state_dict["t"]), int(state_dict["redraws"])
+            self.noise.load(state["noise"])
+        self.t, self.redraws = int(state["t"]), int(state["redraws"])
         self._torn = False
 
     def resume(self, state: Mapping[str, Any], *, published: int, strict: bool = True) -> None:
@@ -331,9 +385,11 @@ class Mechanism(ABC):
                 `spent` grows by a whole budget.
 
         Raises:
-            ValueError: the state is behind what was published, and `strict`.
+            TypeError, ValueError: the state is behind what was published, and `strict`; or as
+                `load_state_dict`.
         """
         integer(self._owner, "published", published, at_least=0)
+        self._require_state(state)
         behind = int(state["t"]) < published
         if strict:
             rule = f"must be <= {state['t']}, where the state is: it would draw noise again"

@@ -21,12 +21,14 @@ arXiv 2004.00010; Mironov, "On significance of the least significant bits for di
 privacy", CCS 2012.
 
 Where we differ: the paper rejects from the discrete Laplace law, some fifteen random words a
-sample; inversion needs one, and its table is as exact, being compared bit by bit until it decides.
+sample; inversion needs one up to σ = 256 or b = 32, and three above, where r is drawn too. Its
+table is as exact, being compared bit by bit until it decides.
 """
 
 import bisect
 import os
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -42,6 +44,7 @@ Words = npt.NDArray[np.uint64]
 Bools = npt.NDArray[np.bool_]
 NoiseKind = Literal["gaussian", "laplace"]
 
+LARGEST = 1 << 61  # of a wide scale's numerator: products with it stay within words
 _BITS = 63  # of a word; the last one is the sign
 _ENTRIES = {"gaussian": 256, "laplace": 32}  # of a table, per unit of the coarse scale
 _CHUNK = 1 << 14  # samples whose words stay in the cache
@@ -357,7 +360,7 @@ def draw(kind: NoiseKind, scale: Fraction, shape: tuple[int, ...], source: Sourc
     require(scale > 0, "draw", "scale", "must be > 0", scale)
     law, table = _prepared(kind, Fraction(scale))
     if law.step > 1:
-        small = law.scale.numerator < 1 << 61
+        small = law.scale.numerator < LARGEST
         require(small, "draw", "scale", "must have a numerator below 2^61", scale)
     count = 1
     for length in shape:
@@ -419,8 +422,8 @@ def discrete_gaussian(
         >>> bool(abs(discrete_gaussian(Fraction(100), 1000).mean()) < 5)
         True
     """
-    noise = DiscreteNoise(insecure_seed=insecure_seed)
-    return noise.sample("gaussian", sigma2, _as_shape(shape))
+    lengths = _as_shape("discrete_gaussian", shape)
+    return DiscreteNoise(insecure_seed=insecure_seed).sample("gaussian", sigma2, lengths)
 
 
 def discrete_laplace(
@@ -435,13 +438,18 @@ def discrete_laplace(
 
     Returns:
         int64 array.
+
+    Example:
+        >>> bool(abs(discrete_laplace(Fraction(10), 1000).mean()) < 5)
+        True
     """
-    noise = DiscreteNoise(insecure_seed=insecure_seed)
-    return noise.sample("laplace", scale, _as_shape(shape))
+    lengths = _as_shape("discrete_laplace", shape)
+    return DiscreteNoise(insecure_seed=insecure_seed).sample("laplace", scale, lengths)
 
 
-def _as_shape(shape: int | tuple[int, ...]) -> tuple[int, ...]:
-    return (shape,) if isinstance(shape, int) else tuple(shape)
+def _as_shape(owner: str, shape: int | tuple[int, ...]) -> tuple[int, ...]:
+    lengths = tuple(shape) if isinstance(shape, Iterable) else (shape,)
+    return tuple(int(integer(owner, "shape", length, at_least=0)) for length in lengths)
 
 
 def round_up(value: Fraction, bits: int = 24) -> Fraction:

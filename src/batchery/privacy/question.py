@@ -210,6 +210,8 @@ def _whole(cell: Any) -> int:
         if _WHOLE.fullmatch(text):
             return int(text)
         try:
+            if "_" in text or not text.isascii():  # 1_0, and digits of any script, are for Python
+                raise ValueError
             cell = float(text)
         except ValueError:
             raise BadRecord("is not a number" if text else "is empty") from None

@@ -37,9 +37,10 @@ def lines(file: BinaryIO, *, follow: bool = False) -> Iterator[list[bytes]]:
         follow: wait at its end for more. A last line without a line break is then not whole.
 
     Raises:
-        OSError: a file that is followed has become shorter.
+        OSError: a file that is followed has become shorter, or another file has its name.
     """
     rest = b""
+    moved = False
     while True:
         piece = file.read1(_PIECE)  # type: ignore[attr-defined]
         if piece:
@@ -49,11 +50,25 @@ def lines(file: BinaryIO, *, follow: bool = False) -> Iterator[list[bytes]]:
         elif follow:
             if os.fstat(file.fileno()).st_size < file.tell():
                 raise OSError(f"{file.name} has become shorter while it was followed")
-            time.sleep(_PAUSE)
+            if moved:
+                raise OSError(
+                    f"{file.name} was renamed or replaced while it was followed; the old one is "
+                    "read to its end, and the new one holds new records only: --continue"
+                )
+            moved = not _in_place(file)  # what came before that is still to be read
+            if not moved:
+                time.sleep(_PAUSE)
         else:
             if rest:
                 yield [rest]
             return
+
+
+def _in_place(file: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except FileNotFoundError:
+        return False
 
 
 class Records:
@@ -106,8 +121,9 @@ class Records:
             raise ValueError(f"the header {error}") from None
         for column in self.columns:
             if header.count(column) != 1:
+                # Without a header this is the first record: its cells must not be shown.
                 found = "two columns" if column in header else "no column"
-                raise ValueError(f"the header has {found} {column!r}, but {', '.join(header)}")
+                raise ValueError(f"the header has {found} {column!r}, of {len(header)} in all")
         self._places = [header.index(column) for column in self.columns]
         self._cells = len(header)
 

@@ -34,14 +34,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 
-from batchery._core.validate import import_extra
 from batchery.privacy.ledger import Ledger
 from batchery.privacy.ledger_file import Release
 from batchery.privacy.mechanism import HorizonExceeded
 from batchery.privacy.question import BadRecord
 from batchery.privacy.records import Position, Records, digest_after, format_of
 from batchery.privacy.release_job import Job, Output
-from batchery.privacy.release_plot import PLOTTED_BY, Truth, draw
+from batchery.privacy.release_plot import Truth, check_plot, draw
 from batchery.privacy.stream import Stream
 
 _BETA = 0.05  # of the error bound that is told and drawn
@@ -81,7 +80,7 @@ class Engine:
         self.job = job
         self.tell = tell
         self.progress = progress
-        self.truth = Truth(job)
+        self.truth = Truth(job, job.test_mode)
         self.position = Position()
         self.bad = 0
         self.name = "standard input" if job.source is None else str(job.source)
@@ -98,7 +97,7 @@ class Engine:
         """
         job = self.job
         if job.plot is not None:
-            import_extra(*PLOTTED_BY)
+            check_plot(job.plot)
         if job.test_mode:
             self.tell("TEST MODE: THE NOISE IS KNOWN TO ANYONE. THIS PROTECTS NOBODY.")
         # A law of noise beyond what can be drawn is found here, before the ledger is touched.
@@ -120,9 +119,10 @@ class Engine:
                     job.stream,
                     job.mechanism(),
                     declared=job.declared(),
-                    published=output.published() * job.stride,
+                    published=max(job.published, output.published()) * job.stride,
                 )
             )
+            self._warn(ledger, stream)
             again = output.fit(stream)
             if again:
                 self.tell(f"{len(again)} releases were on disk and not published: here they are")
@@ -132,6 +132,21 @@ class Engine:
                 self._consume(stream, output, records, chain([first], blocks))
             finally:
                 self._finish(stream)
+
+    def _warn(self, ledger: Ledger, stream: Stream) -> None:
+        """Tell of streams that spend beside this one, when no total keeps them together."""
+        own = repr(stream.mechanism.cost)
+        others = [
+            f"{account.reserved!r} of {account.name!r}"
+            for account in ledger.accounts()
+            if account.name != stream.name and account.reserved.rho > 0
+        ]
+        if ledger.total is None and others:
+            self.tell(
+                f"WARNING: stream {stream.name!r} spends {own} beside {' and '.join(others)}: a "
+                f"record in all of them loses the sum. --total keeps {self.job.ledger} within one "
+                "budget"
+            )
 
     def _consume(
         self,
@@ -183,6 +198,9 @@ class Engine:
             self.position = before
             if before.records:
                 self.tell(f"{before.records} records were consumed before; all that comes is new")
+                if self.truth.wanted:
+                    self.truth.wanted = False
+                    self.tell("the truth is not drawn: it needs those records too (--from-start)")
             return Position()
         if before.records:
             self.tell(

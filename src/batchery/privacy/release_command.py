@@ -7,6 +7,7 @@ The engine, with examples, is in `batchery.privacy.release`; it is imported when
 import argparse
 import csv
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,9 @@ record. The same command goes on where it stopped: the ledger keeps the state.
       --horizon none --epsilon 1 --delta 1e-6 --ledger features.db
   shop | batchery release --sum --columns amount --range 0,500 \\
       --horizon 5000 --epsilon 2 --ledger shop.db
+
+What all releases may cost is reserved at the start, and given back if there was none. Streams of
+one ledger add up: --total keeps them within one budget; without it a second one brings a warning.
 
 THE LEDGER IS AS SENSITIVE AS THE RECORDS, and so are messages about lines."""
 
@@ -62,17 +66,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         asks.add_argument(f"--{name}", dest="ask", action="store_const", const=name, help=text)
     add("--columns", type=names, default=(), metavar="A,B", help="that are read")
     add("--values", type=names, default=(), metavar="X,Y", help="all values of the one column")
-    add("--range", type=low_high, default=(0, 1), metavar="LOW,HIGH", help="of --sum")
-    add("--every", type=int, default=1, metavar="N", help="records for each release (default: 1)")
+    of_sum = "of --sum; below 0 with =, as in --range=-5,5"
+    add("--range", type=low_high, default=(0, 1), metavar="LOW,HIGH", help=of_sum)
+    add("--every", type=whole, default=1, metavar="N", help="records for each release (default: 1)")
     add("--horizon", type=horizon, required=True, metavar="N", help="most releases; or none")
     budget = parser.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--rho", type=float, help="budget of all releases, zCDP")
-    budget.add_argument("--epsilon", type=float, help="the same, with --delta, or pure")
-    add("--delta", type=float)
+    budget.add_argument("--rho", type=real, help="budget of all releases, zCDP")
+    budget.add_argument("--epsilon", type=real, help="the same, with --delta, or pure")
+    add("--delta", type=real)
     add("--ledger", type=Path, required=True, metavar="FILE", help="keeps the state")
     add("--stream", default="stream", metavar="NAME", help="name in the ledger (default: stream)")
-    add("--total", type=float, help="most that all streams of the ledger may cost, in ρ or ε")
+    total = "most that all streams of the ledger may cost together, in ρ or ε (default: no limit)"
+    add("--total", type=real, help=total)
     add("--out", type=Path, metavar="FILE", help="for the releases (default: standard output)")
+    published = "releases that have been seen: a ledger behind them is refused (--out tells itself)"
+    add("--published", type=whole, default=0, metavar="N", help=published)
     on_bad = "at a bad record, stop before it (default), or count it as zeros"
     add("--on-bad", choices=("stop", "skip"), default="stop", help=on_bad)
     add("--plot", type=Path, metavar="FILE", help="draw all releases at the end")
@@ -81,18 +89,48 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def names(text: str) -> tuple[str, ...]:
     """Return names with commas between, quoted as in CSV."""
-    return tuple(name.strip() for name in next(csv.reader([text])))
+    try:
+        return tuple(name.strip() for name in next(csv.reader([text], strict=True)))
+    except csv.Error:
+        raise _must_be("names with commas between, quoted as in CSV", text) from None
+
+
+def whole(text: str) -> int:
+    """Return a whole number."""
+    if not re.fullmatch("[+-]?[0-9]{1,18}", text):
+        raise _must_be("a whole number", text)
+    return int(text)
+
+
+def real(text: str) -> float:
+    """Return a number."""
+    try:
+        if "_" in text or not text.isascii():  # 1_0, and digits of any script, are for Python
+            raise ValueError
+        return float(text)
+    except ValueError:
+        raise _must_be("a number", text) from None
 
 
 def low_high(text: str) -> tuple[int, int]:
     """Return two whole numbers with a comma between."""
-    low, high = map(int, text.split(","))
+    try:
+        low, high = map(whole, text.split(","))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise _must_be("two whole numbers with a comma between", text) from None
     return low, high
 
 
 def horizon(text: str) -> int | None:
     """Return a whole number, or None for "none"."""
-    return None if text == "none" else int(text)
+    try:
+        return None if text == "none" else whole(text)
+    except argparse.ArgumentTypeError:
+        raise _must_be("a whole number or none", text) from None
+
+
+def _must_be(what: str, text: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -115,6 +153,7 @@ def run(options: argparse.Namespace) -> int:
         follow=options.follow,
         from_start=options.from_start,
         out=options.out,
+        published=options.published,
         on_bad=options.on_bad,
         stream=options.stream,
         total=None if options.total is None else _budget(options, options.total),

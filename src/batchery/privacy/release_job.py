@@ -37,6 +37,7 @@ class Job:
         from_start: the source begins with the first record of the stream, so that those consumed
             are skipped; otherwise with the first new one.
         out: file that releases are appended to; None for standard output.
+        published: number of releases that the world is known to have seen, beside those in `out`.
         on_bad: what to do at a bad record: `"stop"`, or `"skip"` and count it as zeros.
         stream: name of the stream in the ledger.
         total: what all streams of the ledger together may cost.
@@ -54,6 +55,7 @@ class Job:
     follow: bool = False
     from_start: bool = True
     out: Path | None = None
+    published: int = 0
     on_bad: Literal["stop", "skip"] = "stop"
     stream: str = "stream"
     total: Budget | None = None
@@ -63,6 +65,7 @@ class Job:
     def __post_init__(self) -> None:
         """Check what does not depend on files."""
         integer("Job", "every", self.every, at_least=1)
+        integer("Job", "published", self.published, at_least=0)
         one_of("Job", "on_bad", self.on_bad, ("stop", "skip"))
         file = self.source is not None or not self.follow
         require(file, "Job", "follow", "is for a file", self.follow)

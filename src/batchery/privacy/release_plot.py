@@ -5,16 +5,18 @@ The whole is in `batchery.privacy.release`.
 """
 
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from batchery._core.state import atomic_write
-from batchery._core.validate import import_extra
+from batchery._core.validate import import_extra, require
 from batchery.privacy.ledger_file import Release
 from batchery.privacy.release_job import Job
 
-PLOTTED_BY = ("matplotlib.figure", "study", "batchery release --plot")
+_PLOTTED_BY = ("matplotlib.figure", "study", "batchery release --plot")
+_KINDS = ("svg", "png", "pdf")
 
 
 @dataclass
@@ -22,23 +24,41 @@ class Truth:
     """What would be released without noise; for test mode alone.
 
     Attributes:
-        job: says whether to keep any of it.
+        job: says how many records a release has.
+        wanted: whether to keep any of it.
         answers: by number of release.
     """
 
     job: Job
+    wanted: bool
     answers: dict[int, Any] = field(default_factory=dict)
     records: int = 0
     sums: list[int] = field(default_factory=list)
 
     def add(self, row: list[int]) -> None:
         """Add a record."""
-        if not self.job.test_mode:
+        if not self.wanted:
             return
         self.sums = [a + b for a, b in zip(self.sums, row, strict=True)] if self.sums else row
         self.records += 1
         if self.records % self.job.every == 0:
             self.answers[self.records // self.job.every] = self.job.question.answer(self.sums)
+
+
+def check_plot(path: Path) -> None:
+    """Find out that a figure can be drawn into a file, before there is anything to draw.
+
+    Raises:
+        ImportError: matplotlib is absent.
+        OSError: its folder cannot be made.
+        ValueError: it is a folder, or in one that cannot be written, or of another kind.
+    """
+    import_extra(*_PLOTTED_BY)
+    known = _kind(path) in _KINDS
+    require(known, "Job", "plot", f"must end in .{', .'.join(_KINDS)}", str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writable = not path.is_dir() and os.access(path.parent, os.W_OK)
+    require(writable, "Job", "plot", "must be a file that can be written", str(path))
 
 
 def draw(job: Job, releases: list[Release], truth: dict[int, Any], bound: float) -> None:
@@ -55,7 +75,7 @@ def draw(job: Job, releases: list[Release], truth: dict[int, Any], bound: float)
     """
     path = Path(job.plot or "")
     question, at = job.question, [release.t // job.stride for release in releases]
-    figure = import_extra(*PLOTTED_BY).Figure(layout="constrained")
+    figure = import_extra(*_PLOTTED_BY).Figure(layout="constrained")
     off = "behind the leader" if question.ask == "select" else "off"
     title = f"{job.stream}: {question.ask}, {off} by at most {math.ceil(bound)}"
     axes = figure.add_subplot(xlabel="records", title=title)
@@ -76,8 +96,11 @@ def draw(job: Job, releases: list[Release], truth: dict[int, Any], bound: float)
         axes.set_yticks(range(len(question.labels)), question.labels)
     if values:
         axes.legend()
-    kind = path.suffix.removeprefix(".") or "svg"
-    atomic_write(path, lambda file: figure.savefig(file, format=kind))
+    atomic_write(path, lambda file: figure.savefig(file, format=_kind(path)))
+
+
+def _kind(path: Path) -> str:
+    return path.suffix.removeprefix(".").lower() or "svg"
 
 
 def _columns(values: list[Any]) -> list[list[float]]:

@@ -154,8 +154,13 @@ class Stream:
         return self.releases(self.published)
 
     def close(self) -> None:
-        """Write what was confirmed, and let others have the stream."""
+        """Write what was confirmed, and let others have the stream.
+
+        Before its first step what was reserved for it is given back.
+        """
         head = self._entry.head | {"published": self.published}
+        if self.t == 0:
+            head["cost"] = head["spent"]
         try:
             if head != self._entry.head:
                 with suppress(LedgerError), self._transaction():

@@ -489,6 +489,8 @@ STUDY = Study(
         Comparison("sparse", "silent", "error_rare", claim=False),
     ),
     seeds={"smoke": 1, "cpu": 10, "gpu": 5},
-    data=("stdlib-text", "azure-llm-conv"),
+    data={
+        scale: ("stdlib-text", *("azure-llm-conv",) * size.trace) for scale, size in SIZES.items()
+    },
     figure=_draw,
 )
