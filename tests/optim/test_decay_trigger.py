@@ -109,6 +109,36 @@ def test_a_signal_starts_the_decay_and_its_handler_is_given_back(tmp_path):
     assert len(rates) == 17
 
 
+def test_training_that_raises_inside_with_gives_the_signal_back(tmp_path):
+    def fail(step):
+        raise RuntimeError("out of memory")
+
+    before = signal.getsignal(signal.SIGUSR1)
+    with (
+        pytest.raises(RuntimeError, match="out of memory"),
+        DecayTrigger(signal=signal.SIGUSR1, save=False) as trigger,
+    ):
+        train(tmp_path, trigger, act=fail)
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_a_second_training_after_one_that_raised_gives_the_signal_back(tmp_path):
+    """Without `with` the trigger still holds it; its own handler is not what it must give back."""
+
+    def fail(step):
+        raise RuntimeError("out of memory")
+
+    before = signal.getsignal(signal.SIGUSR1)
+    trigger = DecayTrigger(signal=signal.SIGUSR1, save=False)
+    try:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            train(tmp_path, trigger, act=fail)
+        train(tmp_path, trigger, max_steps=2)
+        assert signal.getsignal(signal.SIGUSR1) is before
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_a_time_budget_starts_the_decay_in_time(tmp_path, monkeypatch):
     """A clock that moves 1 s an update: 50 s with half for the decay start it at update 25."""
     clock = [100.0]

@@ -3,6 +3,7 @@ import copy
 import io
 import math
 import warnings
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from transformers.optimization import get_wsd_schedule as hf_wsd_schedule
 
 from batchery.optim import WSDScheduler, get_wsd_schedule, wsd_factor
+from batchery.optim.wsd_curve import DecayShape
 
 
 def sgd(lrs=(0.3,), tensor=False):
@@ -32,61 +34,6 @@ def advance(scheduler, steps, n=1):
 
 
 # values
-
-W, STABLE, D = 10, 70, 20
-T, S = W + STABLE, W + STABLE + D
-LAST = (S - 1 - T) / D  # progress of the last update
-
-SHAPES = {
-    "linear": (lambda p: 0.1 + 0.9 * (1 - p)),
-    "cosine": (lambda p: 0.1 + 0.9 * (1 + math.cos(math.pi * p)) / 2),
-    "1-sqrt": (lambda p: 0.1 + 0.9 * (1 - math.sqrt(p))),
-    "sqrt": (lambda p: 0.1 + 0.9 * math.sqrt(1 - p)),
-    "square": (lambda p: 0.1 + 0.9 * (1 - p * p)),
-    "exp": (lambda p: math.exp(p * math.log(0.1))),
-    "inverse": (lambda p: 1 / ((1 - p) / 1 + p / 0.1)),
-}
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_closed_form_at_the_corners(shape):
-    def f(s):
-        return wsd_factor(s, warmup=W, stable=STABLE, decay=D, shape=shape, min_ratio=0.1)
-
-    assert f(0) == 0
-    assert f(W - 1) == pytest.approx(0.9, abs=1e-12)
-    assert f(W) == f(T) == 1
-    assert f(T + 1) == pytest.approx(SHAPES[shape](1 / D), abs=1e-12)
-    assert f(S - 1) == pytest.approx(SHAPES[shape](LAST), abs=1e-12)
-    assert f(S - 1) > f(S)
-    assert f(S) == pytest.approx(0.1, abs=1e-12)
-    assert f(S + 50) == f(S)
-
-
-def test_half_life_is_in_steps_and_has_no_end():
-    """The paper's T below the line is a half-life, not the length of the stable phase."""
-
-    def f(s):
-        return wsd_factor(s, warmup=0, stable=8000, decay=10**6, shape="exp", half_life=5000)
-
-    assert f(8000) == 1
-    assert f(13000) == 0.5
-    assert f(18000) == 0.25
-
-
-def test_half_life_holds_at_the_end_and_min_ratio_is_its_floor():
-    kinds = {"warmup": 0, "stable": 10, "decay": 20, "shape": "exp", "half_life": 10}
-    assert wsd_factor(500, **kinds) == 0.25
-    assert wsd_factor(500, min_ratio=0.4, **kinds) == 0.4
-    assert wsd_factor(20, min_ratio=0.4, **kinds) == 0.5
-
-
-def test_the_authors_linear_to_a_tenth():
-    """Their class: 0.1 + 0.9 · (S - s) / D after S - D, then 0.1."""
-    for s in range(T + 1, S + 5):
-        theirs = 0.1 + max(0.9 * (S - s) / D, 0)
-        ours = wsd_factor(s, warmup=W, stable=STABLE, decay=D, shape="linear", min_ratio=0.1)
-        assert ours == pytest.approx(theirs, abs=1e-12)
 
 
 @pytest.mark.parametrize("warmup_type", ["linear", "cosine", "1-sqrt"])
@@ -128,34 +75,11 @@ def test_transformers_stable_steps_and_refusals():
         get_wsd_schedule(sgd(), 5, 10, 40, num_cycles=1.5)
 
 
-def test_factor_of_arrays_and_tensors():
-    kinds = {"warmup": W, "stable": STABLE, "decay": D, "shape": "cosine", "min_ratio": 0.2}
-    wanted = [wsd_factor(s, **kinds) for s in range(120)]
-    array = wsd_factor(np.arange(120).reshape(4, 30), **kinds)
-    assert array.shape == (4, 30)
-    assert array.ravel().tolist() == wanted
-    tensor = wsd_factor(torch.arange(120), **kinds)
-    assert tensor.dtype == torch.float64
-    assert tensor.tolist() == wanted
-    assert wsd_factor(torch.arange(3.0), **kinds).dtype == torch.float32
-
-
-def test_an_open_end_and_offset():
-    assert wsd_factor(10**9, warmup=W, stable=math.inf, decay=D) == 1
-    assert wsd_factor(0, warmup=4, stable=1, decay=1, offset=1) == 0.25
-    assert wsd_factor(3, warmup=4, stable=1, decay=1, offset=1) == 1
-    assert wsd_factor(1, warmup=4, stable=1, decay=1, warmup_start_ratio=0.2) == 0.4
-    assert wsd_factor(5.001, warmup=4, stable=1, decay=0) == 0
-
-
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", get_args(DecayShape))
 def test_scheduler_follows_the_pure_function(shape):
-    scheduler = WSDScheduler(sgd(), W, S, D, shape=shape, min_ratio=0.1, offset=1)
-    wanted = [
-        0.3 * wsd_factor(s, warmup=W, stable=STABLE, decay=D, shape=shape, min_ratio=0.1, offset=1)
-        for s in range(S + 10)
-    ]
-    assert advance(scheduler, S + 10) == wanted
+    scheduler = WSDScheduler(sgd(), 10, 100, 20, shape=shape, min_ratio=0.1, offset=1)
+    kinds = {"warmup": 10, "stable": 70, "decay": 20, "shape": shape, "min_ratio": 0.1, "offset": 1}
+    assert advance(scheduler, 110) == [0.3 * wsd_factor(s, **kinds) for s in range(110)]
 
 
 def test_fraction_is_of_the_total():
@@ -458,7 +382,20 @@ def test_numbers_of_numpy_leave_a_plain_state():
     assert {type(value) for value in loaded.values()} <= {int, float, str, bool, list, type(None)}
 
 
+def test_groups_added_behind_the_schedulers_back_are_named():
+    """It knows no peak rate for them."""
+    scheduler = WSDScheduler(sgd(), 8)
+    scheduler.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    with pytest.raises(ValueError, match="WSDScheduler: optimizer must keep the 1 groups .* got 2"):
+        scheduler.rewarm(0)
+    scheduler.optimizer.step()
+    with pytest.raises(ValueError, match="WSDScheduler: optimizer must keep the 1 groups .* got 2"):
+        scheduler.step()
+
+
 def test_foreign_states_are_refused():
+    with pytest.raises(TypeError, match="WSDScheduler: state_dict must be a mapping, got NoneType"):
+        WSDScheduler(sgd(), 8).load_state_dict(None)
     state = WSDScheduler(sgd((0.1, 0.2)), 8).state_dict()
     with pytest.raises(ValueError, match="base_lrs must be of 1 groups, got 2"):
         WSDScheduler(sgd(), 8).load_state_dict(state)
@@ -497,8 +434,6 @@ def test_bad_arguments_are_named(kinds, message):
 
 
 def test_negative_steps_are_refused():
-    with pytest.raises(ValueError, match="wsd_factor: step must be >= 0, got -1"):
-        wsd_factor(-1, warmup=1, stable=1, decay=1)
     scheduler = WSDScheduler(sgd(), 5)
     with pytest.raises(ValueError, match="WSDScheduler: n must be >= 0, got -2"):
         scheduler.step(-2)

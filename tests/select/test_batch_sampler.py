@@ -286,6 +286,7 @@ def test_accelerate_goes_on_in_mid_epoch_when_it_is_told_the_epoch():
         ((3, 4), {"drop_last": True}, ValueError, "must hold at least 4 examples, got 3"),
         ((9, 3), {"rank": 0, "world_size": 2}, ValueError, "multiple of world_size 2, got 3"),
         ((1, 2), {"rank": 0, "world_size": 2}, ValueError, "at least 2 examples, got 1"),
+        ((9, 4), {"generator": 3}, TypeError, "generator must be a torch.Generator or None"),
         ((9, 4), {"rank": 0}, ValueError, "rank must be given together with world_size"),
         ((9, 4), {"rank": 2, "world_size": 2}, ValueError, "rank must be < world_size 2, got 2"),
         ((9, 4), {"rank": -1, "world_size": 2}, ValueError, "rank must be >= 0, got -1"),

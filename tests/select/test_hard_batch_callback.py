@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hard batches in the real transformers Trainer."""
 
+import multiprocessing
 import os
 from itertools import chain, repeat
 
@@ -9,7 +10,7 @@ import torch
 from dist_ranks import run_on_ranks
 from torch import nn
 from torch.nn import functional as F
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from batchery.select import HardBatchCallback, HardBatchSampler
 
@@ -169,6 +170,24 @@ def test_a_model_without_usable_losses_is_refused(tmp_path):
     trainer.model.forward = as_sequences
     with pytest.raises(TypeError, match="HardBatchCallback: losses must be given"):
         trainer.train()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_that_raises_leaves_neither_hook_nor_workers(tmp_path, workers):
+    trainer, _ = make(tmp_path, dataloader_num_workers=workers)
+
+    class Failing(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise RuntimeError("out of memory")
+
+    trainer.add_callback(Failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    assert not trainer.model._forward_hooks
+    assert not multiprocessing.active_children()
+    trainer.remove_callback(Failing)
+    trainer.train()
+    assert not trainer.model._forward_hooks
 
 
 def _two_trainers(rank, size, folder):

@@ -42,6 +42,9 @@ class DecayTrigger(TrainerCallback):  # type: ignore[misc]
     `num_train_epochs` large enough not to end first. Ranks decide together: the first that
     reaches its budget or gets the signal decides for all.
 
+    The Trainer tells no callback when training raises, and the signal then stays with the trigger.
+    Where that matters, train inside `with trigger:`, which gives it back either way.
+
     Args:
         seconds: wall-clock time from the start of `train()`, decay included.
         flops: floating-point operations of the whole run, all ranks and earlier parts of a
@@ -120,7 +123,9 @@ class DecayTrigger(TrainerCallback):  # type: ignore[misc]
             # Python delivers signals to the main thread only.
             main = threading.current_thread() is threading.main_thread()
             require(main, "DecayTrigger", "signal", "needs train() in the main thread", self.signal)
-            self._handler = signals.signal(self.signal, self._note_signal)
+            before = signals.signal(self.signal, self._note_signal)
+            if before != self._note_signal:  # else an earlier train() raised
+                self._handler = before
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
@@ -165,9 +170,21 @@ class DecayTrigger(TrainerCallback):  # type: ignore[misc]
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Give the signal back to whoever handled it before."""
+        """Give the signal back to whoever handled it before; nothing calls this on an exception."""
+        self._give_back()
+
+    def _give_back(self) -> None:
         if self.signal is not None and self._handler is not None:
             signals.signal(self.signal, self._handler)
+            self._handler = None
+
+    def __enter__(self) -> DecayTrigger:
+        """Begin a block after which the signal is its earlier handler's, whatever happens in it."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Give the signal back, if training has not."""
+        self._give_back()
 
     def __repr__(self) -> str:
         """Show the budgets."""

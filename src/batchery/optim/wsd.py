@@ -24,11 +24,13 @@ et al., arXiv 2405.18392.
 Where we differ: the paper prints its decay as 0.5^((s-T)/T); the T below the line is a half-life in
 steps, as in the authors' code, and read as the length of the stable phase it would hardly decay.
 Their code has neither a floor nor an end; `num_decay` ends ours. In transformers, whose numbers we
-match to the bit, `min_lr_ratio` is also where warm-up starts; ours is `warmup_start_ratio`.
+match to the bit, `min_lr_ratio` is also where warm-up starts; ours is `warmup_start_ratio`. We have
+no `resume_stable` (load the stable phase's state, or `rewarm`) and no default batch-size law.
 """
 
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -36,7 +38,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from batchery._core.state import check_fits
-from batchery._core.validate import integer, number, one_of, require
+from batchery._core.validate import integer, number, one_of, require, require_type
 from batchery.optim.wsd_curve import DecayShape, WarmupShape, check_shape, fall, rise
 
 Unit = Literal["steps", "samples", "tokens"]
@@ -234,7 +236,10 @@ class WSDScheduler(LRScheduler):
 
     def _write(self) -> None:
         factor = self.factor()
-        groups = self.optimizer.param_groups
+        groups, known = self.optimizer.param_groups, len(self.base_lrs)
+        if len(groups) != known:
+            rule = f"must keep the {known} groups it had: add groups before the scheduler is built"
+            raise ValueError(f"{type(self).__name__}: optimizer {rule}, got {len(groups)}")
         rates: list[float | Tensor] = []
         for group, base in zip(groups, self.base_lrs, strict=True):
             rate = base * factor
@@ -271,6 +276,15 @@ class WSDScheduler(LRScheduler):
 
         Raises:
             ValueError: the decay has already started; the message says where.
+
+        Example:
+            >>> import torch
+            >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+            >>> scheduler = WSDScheduler(optimizer, num_warmup=0, unit="tokens")
+            >>> optimizer.step()
+            >>> scheduler.step(900)
+            >>> scheduler.start_decay(), scheduler.phase  # a tenth of the 1,000 it will end at
+            (100, 'decay')
         """
         self._require_undecayed("start_decay")
         length = self.decay_length_from_here(num_decay)
@@ -286,6 +300,16 @@ class WSDScheduler(LRScheduler):
 
         Args:
             num_decay: as in `start_decay`.
+
+        Example:
+            >>> import torch
+            >>> def build():
+            ...     weight = torch.nn.Parameter(torch.zeros(1))
+            ...     return WSDScheduler(torch.optim.SGD([weight], lr=1.0), num_warmup=0)
+            >>> trunk, branch = build(), build()
+            >>> branch.load_state_dict(trunk.fork(num_decay=5))
+            >>> trunk.phase, branch.phase, branch.time_left()
+            ('stable', 'decay', 5)
         """
         self._require_undecayed("fork")
         length = self.decay_length_from_here(num_decay)
@@ -310,6 +334,14 @@ class WSDScheduler(LRScheduler):
 
         Raises:
             ValueError: `n` is negative, or reaches past the start of a planned decay.
+
+        Example:
+            >>> import torch
+            >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+            >>> scheduler = WSDScheduler(optimizer, num_warmup=0)
+            >>> scheduler.rewarm(4)
+            >>> scheduler.phase, optimizer.param_groups[0]["lr"]
+            ('warmup', 0.0)
         """
         owner = type(self).__name__
         integer(owner, "n", n, at_least=0)
@@ -349,8 +381,11 @@ class WSDScheduler(LRScheduler):
         Raises:
             ValueError: it is no state of this class, has another number of groups, or settings
                 differ (strict; both values are named) or would have started the decay before.
+            TypeError: it is no mapping.
         """
         owner = type(self).__name__
+        mapping = isinstance(state_dict, Mapping)
+        require_type(mapping, owner, "state_dict", "must be a mapping", state_dict)
         settings = self._settings()
         expected = settings if strict else {"unit": self.unit}
         check_fits(owner, state_dict, expected)
@@ -429,6 +464,13 @@ def get_wsd_schedule(
 
     Raises:
         ValueError: neither or disagreeing lengths are given, or `num_cycles` is not 0.5.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        >>> scheduler = get_wsd_schedule(optimizer, 10, 20, num_training_steps=100)
+        >>> scheduler.decay_start, scheduler.shape
+        (80, 'cosine')
     """
     owner = "get_wsd_schedule"
     require(num_cycles == 0.5, owner, "num_cycles", "must be 0.5", num_cycles)

@@ -111,6 +111,7 @@ def wsd_factor(
     Raises:
         ValueError: a negative step or length, an unknown shape, or a shape without the floor or
             half-life that defines it.
+        TypeError: a step or length is no number.
 
     Example:
         >>> [wsd_factor(s, warmup=2, stable=3, decay=4, shape="linear") for s in (0, 1, 5, 7, 9)]
@@ -136,4 +137,4 @@ def wsd_factor(
         return torch.from_numpy(values).to(step.device, dtype)
     if isinstance(step, np.ndarray):
         return np.asarray(np.vectorize(factor, otypes=[np.float64])(step))
-    return factor(step)
+    return factor(number(owner, "step", step))

@@ -2,7 +2,8 @@
 """A batch sampler that stops and resumes anywhere, on any number of ranks, at any batch size.
 
 Use it as `DataLoader(data, batch_sampler=…)` where training may be interrupted within an epoch, or
-where the batch size changes while it runs. For neither, torch's own samplers do. The selecting
+where the batch size changes while it runs (the size alone: shapes of examples come with the systems
+that need them). For neither, torch's own samplers do. The selecting
 samplers of this package stand on it and change one thing: which examples a pass holds, in which
 order.
 
@@ -32,7 +33,7 @@ loader, or one that does not read ahead, `state_dict()` alone is right.
 """
 
 from collections.abc import Iterator, Mapping, Sized
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -112,6 +113,16 @@ class ResumableBatchSampler(Sampler[list[int]]):
         [[4, 5, 6, 7], [8, 9]]
     """
 
+    _saved: ClassVar[dict[str, type]] = {  # what a state holds beside the settings
+        "seed": int,
+        "epoch": int,
+        "position": int,
+        "batches": int,
+        "ahead": list,
+        "next_batch_size": int,
+        "over": bool,
+    }
+
     def __init__(
         self,
         data_source_or_len: Sized | int,
@@ -134,6 +145,8 @@ class ResumableBatchSampler(Sampler[list[int]]):
             require_type(whole, owner, "data_source_or_len", rule, data_source_or_len)
             count = int(data_source_or_len)
         integer(owner, "batch_size", batch_size, at_least=1)
+        known = generator is None or isinstance(generator, torch.Generator)
+        require_type(known, owner, "generator", "must be a torch.Generator or None", generator)
         together = (rank is None) == (world_size is None)
         require(together, owner, "rank", "must be given together with world_size", rank)
         if rank is not None and world_size is not None:
@@ -287,6 +300,14 @@ class ResumableBatchSampler(Sampler[list[int]]):
 
         Raises:
             ValueError: `consumed` is negative or more than were yielded.
+
+        Example:
+            >>> sampler = ResumableBatchSampler(8, 2, shuffle=False)
+            >>> ahead = list(sampler)  # a loader has read all of it; training has used one
+            >>> again = ResumableBatchSampler(8, 2, shuffle=False)
+            >>> again.load_state_dict(sampler.state_dict(consumed=1))
+            >>> next(iter(again))
+            [2, 3]
         """
         owner, yielded = type(self).__name__, len(self._ends) - 1
         used = yielded if consumed is None else integer(owner, "consumed", consumed, at_least=0)
@@ -309,8 +330,9 @@ class ResumableBatchSampler(Sampler[list[int]]):
 
         Raises:
             ValueError: the state is of another class or of other settings; both are named.
+            TypeError: it is no mapping, or holds a value of another type.
         """
-        check_fits(type(self).__name__, state_dict, self._settings())
+        self._check_state(state_dict)
         self._begin(state_dict["epoch"])
         self._seed = state_dict["seed"]
         self._start = state_dict["position"]
@@ -319,6 +341,18 @@ class ResumableBatchSampler(Sampler[list[int]]):
         self._batch_size = state_dict["next_batch_size"]
         self._over = state_dict["over"]
         self._ends = [self._start]
+
+    def _check_state(self, state_dict: Mapping[str, Any]) -> None:
+        """Refuse what cannot be loaded, before anything of it is."""
+        owner = type(self).__name__
+        mapping = isinstance(state_dict, Mapping)
+        require_type(mapping, owner, "state_dict", "must be a mapping", state_dict)
+        check_fits(owner, state_dict, self._settings())
+        for name, kind in self._saved.items():
+            require(name in state_dict, owner, "state_dict", f"must hold {name!r}", [*state_dict])
+            value = state_dict[name]
+            rule = f"must be of type {kind.__name__}"
+            require_type(isinstance(value, kind), owner, f"state_dict[{name!r}]", rule, value)
 
     def __repr__(self) -> str:
         """Show the settings and the position."""

@@ -12,6 +12,7 @@ Reference: the method and its source are in `batchery.select.hard_batches`.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from torch.utils.hooks import RemovableHandle
 
 from batchery._core.random import new_generator
 from batchery._core.state import atomic_write
@@ -73,6 +75,7 @@ class HardBatchCallback(TrainerCallback):  # type: ignore[misc]
         self.losses = losses
         self._loader: _EpochLoader | None = None
         self._loss: Tensor | None = None
+        self._hook: RemovableHandle | None = None
 
     def attach(self, trainer: Any) -> None:
         """Make a Trainer train on the sampler's rounds.
@@ -95,8 +98,18 @@ class HardBatchCallback(TrainerCallback):  # type: ignore[misc]
             self._loader = _EpochLoader(build(), self.sampler)
             return self._loader
 
+        train = trainer.train
+
+        @functools.wraps(train)
+        def train_and_let_go(*given: Any, **named: Any) -> Any:
+            try:
+                return train(*given, **named)
+            finally:  # the Trainer tells no callback when training raises
+                self._let_go()
+
         args.ignore_data_skip = True
         trainer.get_train_dataloader = get_train_dataloader
+        trainer.train = train_and_let_go
         trainer.add_callback(self)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
@@ -132,9 +145,10 @@ class HardBatchCallback(TrainerCallback):  # type: ignore[misc]
         if self._loader is not None:
             _write(self._path(args, state), self.sampler.state_dict(self._loader.taken))
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
-        """Listen no longer, and let the loader's workers go."""
-        self._hook.remove()
+    def _let_go(self) -> None:
+        """Listen no longer, and let the loader's workers go, however training ended."""
+        if self._hook is not None:
+            self._hook.remove()
         if self._loader is not None:
             self._loader.close()
 

@@ -36,7 +36,7 @@ a ranking of all examples would cost more than the selection.
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence, Sized
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -50,6 +50,8 @@ from batchery.select.hardness import (
     Floats,
     Hardness,
     Ints,
+    as_indices,
+    as_losses,
     chances,
     explore,
     falling,
@@ -151,6 +153,12 @@ class HardBatchSampler(ResumableBatchSampler):
         >>> list(sampler), sampler.selected.tolist()
         ([[2, 3], [6, 7]], [1, 3])
     """
+
+    _saved: ClassVar[dict[str, type]] = ResumableBatchSampler._saved | {
+        **dict.fromkeys(("rank", "partition_number", "not_finite"), int),
+        **dict.fromkeys(("ranking", "scores", "last_seen"), Tensor),
+        **dict.fromkeys(("reported_examples", "reported_losses"), Tensor),
+    }
 
     def __init__(
         self,
@@ -277,21 +285,23 @@ class HardBatchSampler(ResumableBatchSampler):
                 the first batch since `iter()` that has none: report every batch, in order.
 
         Raises:
-            TypeError: no indices in sample mode.
+            TypeError: no indices in sample mode, or what should be numbers is not.
             IndexError: an index is outside the data set (raised at the next round when indices
                 lie on another device than the CPU).
             ValueError: the number of losses is neither 1 nor that of the indices.
             RuntimeError: every yielded batch has been reported.
+
+        Example:
+            >>> sampler = HardBatchSampler(6, 2, mode="sample")
+            >>> sampler.update(torch.arange(6.0), range(6))  # a pass over all, before a round
+            >>> sampler.set_epoch(1)
+            >>> sorted(sampler.selected.tolist())  # of three, one full batch
+            [4, 5]
         """
-        owner, unit = type(self).__name__, -1
-        # A copy: captured graphs write over their outputs.
-        copied = loss.detach().clone() if isinstance(loss, Tensor) else torch.tensor(loss)
-        losses = copied.reshape(-1)
+        owner, unit, losses = type(self).__name__, -1, as_losses(loss)
         given = losses.numel()
         if indices is not None:
-            if not isinstance(indices, Tensor):
-                indices = torch.from_numpy(np.asarray(indices, np.int64))  # as_tensor is slow here
-            examples = indices.to(torch.int64, copy=True).reshape(-1)
+            examples = as_indices(indices)
             if examples.device.type == "cpu":
                 self._hardness.check(examples)
         elif self.mode == "sample":
@@ -314,7 +324,8 @@ class HardBatchSampler(ResumableBatchSampler):
             self._order()
             trained = self._selected[: math.ceil(self._ends[-1] / self._unit_size)]
             self._hardness.last_seen.numpy()[trained] = self._epoch
-        self._hardness.absorb(self._units_of, self.process_group)
+        units_of = None if self.mode == "sample" else self._units_of
+        self._hardness.absorb(units_of, self.process_group)
 
     def _draw_order(self) -> Tensor:
         """Select this round's units and put their examples in order."""
@@ -417,7 +428,7 @@ class HardBatchSampler(ResumableBatchSampler):
             float32 `[len(indices)]`, on the CPU.
         """
         self._order()
-        examples = torch.as_tensor(indices, dtype=torch.int64).cpu()
+        examples = as_indices(indices).cpu()
         self._hardness.check(examples)
         return torch.from_numpy(self._weights[self._units_of(examples.numpy())])
 
@@ -461,6 +472,7 @@ class HardBatchSampler(ResumableBatchSampler):
 
         Raises:
             ValueError: the state is of another class or of other settings; both are named.
+            TypeError: it is no mapping, or holds a value of another type.
         """
         super().load_state_dict(state_dict)
         if self.mode == "batch":

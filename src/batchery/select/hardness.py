@@ -8,8 +8,11 @@ which turns losses reported in any order, by any rank, into one number for each 
 """
 
 import math
+import reprlib
 import warnings
-from collections.abc import Callable, Mapping
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -110,6 +113,48 @@ def _mask(units: Ints, total: int) -> npt.NDArray[np.bool_]:
     return mask
 
 
+def as_indices(indices: Sequence[int] | Ints | Tensor) -> Tensor:
+    """Return a copy of indices as int64 `[n]`, on their device.
+
+    Raises:
+        TypeError: they are not whole numbers.
+
+    Example:
+        >>> as_indices([3, 1]), as_indices(torch.tensor([[2]], dtype=torch.uint8))
+        (tensor([3, 1]), tensor([2]))
+    """
+    if isinstance(indices, np.ndarray) and indices.dtype.kind in "iu":
+        return torch.from_numpy(indices.astype(np.int64).reshape(-1))
+    if isinstance(indices, Tensor):
+        whole = not (indices.is_floating_point() or indices.is_complex())
+        if whole and indices.dtype != torch.bool:
+            return indices.to(torch.int64, copy=True).flatten()
+    else:
+        with suppress(TypeError, OverflowError):  # what an array of integers does not take
+            return torch.from_numpy(np.asarray(array("q", indices)))
+    got = reprlib.repr(indices)
+    raise TypeError(f"HardBatchSampler: indices must be whole numbers, got {got}")
+
+
+def as_losses(loss: float | Sequence[float] | Tensor) -> Tensor:
+    """Return a copy of losses as `[n]`, on their device and of their dtype.
+
+    Raises:
+        TypeError: they are no numbers.
+
+    Example:
+        >>> as_losses(0.5), as_losses(torch.ones(2, 1))
+        (tensor([0.5000]), tensor([1., 1.]))
+    """
+    if isinstance(loss, Tensor):
+        # A copy: captured graphs write over their outputs.
+        return loss.detach().clone().flatten()
+    with suppress(TypeError, ValueError, RuntimeError):  # what torch makes no tensor of
+        return torch.tensor(loss).flatten()
+    got = reprlib.repr(loss)
+    raise TypeError(f"HardBatchSampler: loss must be a number or a tensor, got {got}")
+
+
 class Hardness:
     """A score for each unit, made of reported losses.
 
@@ -145,10 +190,9 @@ class Hardness:
 
     def check(self, examples: Tensor) -> None:
         """Raise `IndexError` when an index lies outside the data set."""
-        if not len(examples):
-            return
-        low, high = (int(end) for end in torch.aminmax(examples))
-        if low < 0 or high >= self.examples:
+        # As unsigned, what is negative lies beyond all: one look instead of two.
+        if len(examples) and examples.numpy().view(np.uint64).max() >= self.examples:
+            low, high = (int(end) for end in torch.aminmax(examples))
             rule, got = f"indices must be >= 0 and < {self.examples}", low if low < 0 else high
             raise IndexError(f"HardBatchSampler: {rule}, got {got}")
 
@@ -156,20 +200,41 @@ class Hardness:
         """Return this rank's waiting reports, a loss for each example; two transfers in all."""
         if self._reports:
             one = _joined([of for of, *_ in self._reports])
-            two = _joined([loss.expand(of.numel()) for of, loss, _ in self._reports]).float()
+            whole = [
+                loss if loss.numel() == of.numel() else loss.expand(of.numel())
+                for of, loss, _ in self._reports
+            ]
+            two = _joined(whole).float()
             self.check(one)  # those of another device were not looked at before
             self._reports = [(one, two, -1)]
             return one, two
         return torch.empty(0, dtype=torch.int64), torch.empty(0)
 
     def absorb(
-        self, units_of: Callable[[Ints], Ints], process_group: dist.ProcessGroup | None
+        self, units_of: Callable[[Ints], Ints] | None, process_group: dist.ProcessGroup | None
     ) -> None:
         """Turn the waiting reports of all ranks into scores: one collective.
 
         Args:
-            units_of: gives the units of examples, -1 for an example that is in none.
+            units_of: gives the units of examples, -1 for an example that is in none; None when
+                every example is a unit.
             process_group: the ranks whose reports belong together.
+        """
+        units, losses = self._new_losses(units_of, process_group)
+        self._reports = []
+        scores = self.scores.numpy()
+        if self.keep:
+            old = scores[units]
+            blend = self.keep * old + (1 - self.keep) * losses
+            losses = np.where(np.isnan(old), losses, blend)
+        scores[units] = losses  # of repeated indices numpy keeps the last
+
+    def _new_losses(
+        self, units_of: Callable[[Ints], Ints] | None, process_group: dist.ProcessGroup | None
+    ) -> tuple[Ints, Floats]:
+        """Return the units with finite reports and the mean loss of each over its examples.
+
+        They are all different, unless the last of several losses is all that counts.
         """
         total = len(self.scores)
         if self._reports and all(unit >= 0 for *_, unit in self._reports):
@@ -177,13 +242,17 @@ class Hardness:
         else:
             examples, losses = (tensor.numpy() for tensor in self.reports())
             finite = self._finite(losses, np.broadcast_to(1, len(losses)))
-            known, values = _latest(examples[finite], losses[finite], self.examples)
-            tally = _tally(units_of(known), values, total)
-        self._reports = []
-        found = _means(_sum_over_ranks(tally, process_group))
-        blend = self.keep * self.scores + (1 - self.keep) * found
-        found = torch.where(self.scores.isnan(), found, blend)
-        self.scores = torch.where(found.isnan(), self.scores, found)
+            examples, losses = examples[finite], losses[finite]
+            alone = units_of is None and rank_and_size(process_group)[1] == 1
+            if alone and not self.keep:
+                return examples, losses
+            known, latest = _latest(examples, losses, self.examples)
+            if alone:
+                return known, latest
+            tally = _tally(units_of(known) if units_of else known, latest, total)
+        means = _means(_sum_over_ranks(tally, process_group)).numpy()
+        known = np.flatnonzero(~np.isnan(means))
+        return known, means[known]
 
     def _tally_units(self, total: int) -> Tensor:
         """Return what `_tally` would of reports on whole units, without a look at examples.
@@ -194,10 +263,10 @@ class Hardness:
         sizes = np.array([of.numel() for of, *_ in self._reports], np.int64)
         losses = _joined([loss for _, loss, _ in self._reports]).float().numpy()
         finite = self._finite(losses, sizes)
-        known, values = _latest(units[finite], losses[finite], total)
+        known, latest = _latest(units[finite], losses[finite], total)
         counts, tally = np.zeros(total), np.zeros((2, total))
         counts[units] = sizes
-        tally[:, known] = values * counts[known], counts[known]
+        tally[:, known] = latest * counts[known], counts[known]
         return torch.from_numpy(tally)
 
     def _finite(self, losses: Floats, sizes: Ints) -> npt.NDArray[np.bool_]:
@@ -211,13 +280,16 @@ class Hardness:
 
     def complete(self, unseen: float = math.inf) -> Floats:
         """Return scores to select by: without one, `unseen` if never trained on, else lowest."""
-        unscored = torch.where(self.last_seen < 0, unseen, -torch.inf)
-        return torch.where(self.scores.isnan(), unscored, self.scores).numpy()
+        scores: Floats = self.scores.numpy().copy()
+        blank = np.flatnonzero(np.isnan(scores))
+        scores[blank] = np.where(self.last_seen.numpy()[blank] < 0, unseen, -np.inf)
+        return scores
 
     def mean(self, units: Ints | None = None) -> float:
         """Return the mean of the scores there are; NaN when there is none."""
         scores = self.scores.numpy() if units is None else self.scores.numpy()[units]
-        known = scores[~np.isnan(scores)]
+        blank = np.isnan(scores)
+        known = scores[~blank] if blank.any() else scores
         return float(known.mean(dtype=np.float64)) if len(known) else math.nan
 
     def move(self, old: Ints, new: Ints) -> None:

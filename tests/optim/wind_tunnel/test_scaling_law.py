@@ -173,6 +173,12 @@ def test_data_that_cannot_be_fitted_are_named(change, message):
 def test_bad_arguments_are_named():
     size, data = grid()
     loss = CHINCHILLA.predict(size, data)
+    with pytest.raises(TypeError, match="fit_scaling_law: N must be numbers, got 'abc'"):
+        fit_scaling_law("abc", data, loss)
+    with pytest.raises(TypeError, match="fit_scaling_law: starts must be numbers"):
+        fit_scaling_law(size, data, loss, starts=[[1.0, 2.0], [3.0]])
+    with pytest.raises(TypeError, match="ScalingLaw: N must be numbers, got 'abc'"):
+        CHINCHILLA.predict("abc", data)
     with pytest.raises(ValueError, match="loss must be one of 'huber', 'lsq', got 'l1'"):
         fit_scaling_law(size, data, loss, loss="l1")
     with pytest.raises(ValueError, match="bootstrap must be >= 0, got -1"):

@@ -51,7 +51,13 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class MuPFactors(NamedTuple):
-    """What muP does to a parameter of one role at one width."""
+    """What muP does to a parameter of one role at one width.
+
+    Example:
+        >>> factors = mup_factors("residual", ratio=4.0, branch=0.5)
+        >>> factors.output * factors.rate  # times the rate at base width: with the multiplier moved
+        0.125
+    """
 
     output: float  # m: multiplier of the module's output, moved into the parameter
     init: float  # multiplier of the initial weights, beside m

@@ -23,6 +23,7 @@ in uncentred parameters, trust-region Gauss-Newton on the same objective from th
 """
 
 import itertools
+import reprlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +46,14 @@ LIMITS = np.array(
 
 
 class Optimum(NamedTuple):
-    """The best use of a budget."""
+    """The best use of a budget.
+
+    Example:
+        >>> law = ScalingLaw(C_N=400.0, alpha=0.34, C_D=410.0, beta=0.28, L0=1.69)
+        >>> size, tokens, loss = law.optimal(1e21)
+        >>> f"{size:.2g} parameters, {tokens:.2g} tokens, {loss:.2f} nats"
+        '1.8e+09 parameters, 9.3e+10 tokens, 2.32 nats'
+    """
 
     N: float  # parameters without embeddings
     D: float  # tokens
@@ -292,7 +300,7 @@ def _default_starts(log_loss: Array) -> list[Array]:
 def _given_starts(
     owner: str, starts: Sequence[Sequence[float]], centres: tuple[float, float]
 ) -> list[Array]:
-    rows = positive_array(owner, "starts", np.atleast_2d(np.asarray(starts, dtype=np.float64)))
+    rows = np.atleast_2d(positive_array(owner, "starts", starts))
     require(rows.shape[1] == 5, owner, "starts", "must hold five numbers each", rows.shape)
     logs = np.log(rows)
     logs[:, 0] -= rows[:, 1] * centres[0]
@@ -330,8 +338,17 @@ def _warn_unless_monotone(owner: str, size: Array, data: Array, loss: Array) -> 
 
 
 def positive_array(owner: str, argument: str, values: npt.ArrayLike) -> Array:
-    """Return `values` in float64 when all are finite and above 0; else raise `ValueError`."""
-    array = np.asarray(values, dtype=np.float64)
+    """Return `values` in float64 when all are finite and above 0.
+
+    Raises:
+        TypeError: they are no numbers.
+        ValueError: one is not positive.
+    """
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        got = reprlib.repr(values)
+        raise TypeError(f"{owner}: {argument} must be numbers, got {got}") from error
     fine = np.isfinite(array) & (array > 0)
     require(bool(fine.all()), owner, argument, "must be positive", array[~fine][:3].tolist())
     return array
