@@ -23,6 +23,7 @@ from torch.utils.data import BatchSampler, RandomSampler, WeightedRandomSampler
 from batchery.select import HardBatchSampler, ResumableBatchSampler
 from batchery.select.hardness import falling, highest
 from batchery.studies.hard_batches_tasks import resnet18
+from batchery.studies.harness import environment
 
 EXAMPLES = 50_000
 
@@ -172,9 +173,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     cuda = device.type == "cuda"
-    found: dict[str, Any] = {"date": date.today().isoformat(), "torch": torch.__version__}
-    if cuda:
-        found["device"] = torch.cuda.get_device_name(device)
+    found: dict[str, Any] = {"date": date.today().isoformat()}
     for batch in (32, 512):
         print(f"a batch of {batch}, {EXAMPLES:,} examples")
         found[f"batch {batch}"] = per_batch(batch, device)
@@ -193,6 +192,7 @@ def main() -> None:
         print("host time of a call while the device is busy")
         found["waiting"] = waiting(device)
     if options.json:
+        found["environment"] = environment(device)
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from batchery.kernels import lamb as lamb_kernel
-from batchery.kernels.multi_tensor import ChunkTable, triton
+from batchery.kernels.multi_tensor import ChunkTable
 from batchery.optim import LAMB, LARS
+from batchery.studies.harness import environment
 
 BERT_LARGE = [(30522, 1024), (512, 1024), (2, 1024), (1024,), (1024,)] + 24 * (
     4 * [(1024, 1024), (1024,)] + [(4096, 1024), (4096,), (1024, 4096), (1024,)] + 4 * [(1024,)]
@@ -192,11 +193,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device = torch.device(options.device)
-    found: dict[str, Any] = {"date": date.today().isoformat(), "torch": torch.__version__}
-    if triton is not None:
-        found["triton"] = triton.__version__
+    found: dict[str, Any] = {"date": date.today().isoformat()}
     if device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(device)
         if options.sweep:
             found["sweep"] = sweep(device)
         found["bert-large"] = compare(BERT_LARGE, device, options.repeats)
@@ -208,6 +206,7 @@ def main() -> None:
         other = torch.zeros(2**28)  # 1 GiB
         found["ten-million-cold"] = compare(TEN_MILLION, device, options.repeats, other.sum)
     if options.json:
+        found["environment"] = environment(device)
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -24,6 +24,7 @@ from transformers import get_wsd_schedule as peer_schedule
 
 from batchery.optim import WSDScheduler
 from batchery.optim.wind_tunnel import MuP
+from batchery.studies.harness import environment
 from batchery.studies.lab import SIZES, new_model
 from batchery.studies.lab_loop import token_losses
 
@@ -186,11 +187,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device = torch.device(options.device)
-    found: dict[str, Any] = {"date": date.today().isoformat(), "torch": torch.__version__}
+    found: dict[str, Any] = {"date": date.today().isoformat()}
     cpu = torch.device("cpu")
     found["numbers"] = compare_steps(cpu, False, options.repeats)
     if device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(device)
         found["tensors"] = compare_steps(device, True, options.repeats)
         found["waits"] = {name: waits_for_device(make) for name, make in SCHEDULERS.items()}
         for name, waits in found["waits"].items():
@@ -204,6 +204,7 @@ def main() -> None:
     share = 100 * ours / 1e3 / found["mup"]["plain"]["step_ms"]
     print(f"a step of WSDScheduler is {share:.4f} % of a training step")
     if options.json:
+        found["environment"] = environment(device)
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 

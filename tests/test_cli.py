@@ -4,13 +4,16 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
+import torch
 
+from batchery import __main__ as entry
 from batchery import cli
 from batchery.datasets import MissingData
 from batchery.studies import harness
-from batchery.studies.study import Comparison, Metric, Outcome, Study
+from batchery.studies.study import UNSHOWN, Comparison, Metric, Outcome, Study
 
 
 @pytest.fixture
@@ -37,14 +40,23 @@ def toy(monkeypatch, tmp_path):
     return losses
 
 
+def _first_words(table):
+    """The first column of a table below its header; a line that goes on begins with space."""
+    rows = table.split("\n")[1:]
+    return {row.split()[0] for row in rows if row[:2].strip()}
+
+
 def _one_line(text):
     return len(text.strip().split("\n")) == 1
 
 
 def test_list_and_search(capsys):
     assert cli.main(["list"]) == 0
-    assert "lamb" in capsys.readouterr().out
-    assert cli.main(["list", "trust", "ratio"]) in (0, 1)
+    assert {"lamb", "wsd", "marlin"} < _first_words(capsys.readouterr().out)
+    assert cli.main(["list", "BERT", "training"]) == 0
+    assert _first_words(capsys.readouterr().out) == {"lamb"}
+    assert cli.main(["list", "LARS"]) == 0  # an object's name
+    assert _first_words(capsys.readouterr().out) == {"lamb"}
     assert cli.main(["list", "no-such-word-anywhere"]) == 1
     assert "no card holds" in capsys.readouterr().err
 
@@ -68,6 +80,9 @@ def test_a_misspelt_slug_brings_the_nearest(capsys):
         ["study", "lamb", "--all"],
         ["study", "lamb", "--scale", "huge"],
         ["study", "lamb", "--device", "nonsense"],
+        ["study", "lamb", "--device", "xpu"],
+        ["study", "lamb", "--device", "meta"],
+        ["study", "lamb", "--device", "cuda:9999999999"],
         ["study", "lamb", "--seeds", "0"],
         ["study", "lamb", "--seeds", "many"],
         ["study", "nothing-like-it"],
@@ -87,6 +102,22 @@ def test_bad_arguments_bring_one_clear_line(arguments, capsys):
     assert _one_line(error)
 
 
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_cuda_without_cuda_is_a_wrong_argument(device, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["study", "lamb", "--device", device])
+    assert exit_.value.code == cli.USAGE
+    error = capsys.readouterr().err
+    assert f"{device} is not here: CUDA has 0 devices" in error
+    assert _one_line(error)
+
+
+def test_a_slug_named_twice_runs_once(toy, capsys):
+    assert cli.main(["study", "lamb", "wsd", "lamb", "--results", "out"]) == 0
+    assert capsys.readouterr().out.count("lamb (cpu)") == 1
+
+
 def test_study_writes_result_figure_and_report(toy, tmp_path, capsys):
     assert cli.main(["study", "lamb", "--report", "page", "--results", "out"]) == 0
     printed = capsys.readouterr().out
@@ -97,13 +128,46 @@ def test_study_writes_result_figure_and_report(toy, tmp_path, capsys):
     assert not list((tmp_path / "out/.runs").glob("*/*.json"))
 
 
-def test_check_fails_when_a_stored_claim_no_longer_holds(toy, tmp_path):
+def test_check_fails_when_a_stored_claim_no_longer_holds(toy, tmp_path, capsys):
     assert cli.main(["study", "lamb", "--results", "out"]) == 0
     stored = (tmp_path / "out/lamb.cpu.json").read_bytes()
     assert cli.main(["study", "lamb", "--results", "out", "--check"]) == 0
     toy["new"] = 3.0
     assert cli.main(["study", "lamb", "--results", "out", "--check"]) == cli.FAILED
     assert (tmp_path / "out/lamb.cpu.json").read_bytes() == stored
+    assert "lamb: no longer holds: new vs old on loss" in capsys.readouterr().err
+
+
+def test_check_looks_behind_a_verdict_that_did_not_hold(toy, tmp_path):
+    assert cli.main(["study", "lamb", "--results", "out"]) == 0
+    path = tmp_path / "out/lamb.cpu.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"verdict": UNSHOWN}))
+    assert cli.main(["study", "lamb", "--results", "out", "--check"]) == 0
+    toy["new"] = 3.0
+    assert cli.main(["study", "lamb", "--results", "out", "--check"]) == cli.FAILED
+
+
+def test_check_against_nothing_fails_and_checks_the_others(toy, tmp_path, capsys):
+    assert cli.main(["study", "lamb", "--results", "out", "--check"]) == cli.FAILED
+    error = capsys.readouterr().err
+    assert "lamb: nothing to check against, no stored result out/lamb.cpu.json" in error
+    assert _one_line(error)
+    assert cli.main(["study", "wsd", "--results", "out"]) == 0
+    capsys.readouterr()
+    assert cli.main(["study", "lamb", "wsd", "--results", "out", "--check"]) == cli.FAILED
+    assert "wsd: stored 'holds', now 'holds'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["[]", "{bad", "{}"])
+@pytest.mark.parametrize(
+    "verb", [["show", "lamb"], ["report", "page"], ["study", "lamb", "--check"]]
+)
+def test_a_damaged_result_is_named(toy, tmp_path, capsys, verb, text):
+    (tmp_path / "lamb.cpu.json").write_text(text)
+    assert cli.main([*verb, "--results", str(tmp_path)]) == cli.FAILED
+    error = capsys.readouterr().err
+    assert f"stored result {tmp_path}/lamb.cpu.json" in error
+    assert _one_line(error)
 
 
 def test_missing_data_is_named_and_does_not_stop_the_other_studies(toy, tmp_path, capsys):
@@ -122,6 +186,16 @@ def test_report_of_stored_results(toy, tmp_path, capsys):
     cli.main(["study", "lamb", "--results", "out"])
     assert cli.main(["report", "page", "--results", "out"]) == 0
     assert (tmp_path / "page/index.html").is_file()
+
+
+def test_ctrl_c_while_modules_load_brings_one_line(monkeypatch, capsys):
+    class Interrupted(types.ModuleType):
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "batchery.cli", Interrupted("batchery.cli"))
+    assert entry.main() == cli.INTERRUPTED
+    assert capsys.readouterr().err == "interrupted; the same command goes on from here\n"
 
 
 @pytest.mark.slow

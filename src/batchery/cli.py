@@ -7,6 +7,7 @@ command resumes).
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -22,6 +23,8 @@ from batchery.cards import Card, find_card, load_cards, search
 from batchery.privacy import release_command
 
 if TYPE_CHECKING:
+    import torch
+
     from batchery.studies.study import Scale, Study
 
 FAILED, USAGE, NO_DATA, INTERRUPTED = 1, 2, 3, 130
@@ -48,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, parser_class=_Parser)
 
     verb = verbs.add_parser("list", help="the systems, or those that match some words")
-    verb.add_argument("words", nargs="*", help="words in titles, claims and questions")
+    verb.add_argument("words", nargs="*", help="words in titles, claims, questions or names")
     verb.set_defaults(run=_list)
 
     verb = verbs.add_parser("show", help="one system's card")
@@ -60,14 +63,14 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("slugs", nargs="*", metavar="SLUG")
     verb.add_argument("--all", action="store_true", help="every system's study")
     verb.add_argument("--scale", choices=("smoke", "cpu", "gpu"), default="cpu")
-    verb.add_argument("--device", help="cpu, cuda, cuda:1, … (default: by scale)")
+    verb.add_argument("--device", type=_device, help="cpu, cuda, cuda:1, … (default: by scale)")
     verb.add_argument("--seeds", type=_positive, help="how many seeds (default: the study's)")
     verb.add_argument("--results", type=Path, default=None, help="folder for the results")
     verb.add_argument("--report", type=Path, metavar="DIR", help="also write DIR/index.html")
     verb.add_argument(
         "--check",
         action="store_true",
-        help="compare with the stored result, which stays: exit 1 when a claim no longer holds",
+        help="compare with the stored result, which stays: exit 1 when a claim that held does not",
     )
     verb.set_defaults(run=_study)
 
@@ -99,6 +102,18 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
     return value
+
+
+def _device(text: str) -> "torch.device":
+    import torch
+
+    known = re.fullmatch(r"cpu|cuda(?::(\d+))?", text)
+    if known is None:
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:0, cuda:1, …, got {text!r}")
+    here = torch.cuda.device_count()
+    if text != "cpu" and int(known[1] or 0) >= here:
+        raise argparse.ArgumentTypeError(f"{text} is not here: CUDA has {here} devices")
+    return torch.device(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -155,22 +170,24 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _study(options: argparse.Namespace) -> int:
-    import torch
-
-    from batchery.studies.harness import forget_runs, load_result
+    from batchery.studies.harness import forget_runs
 
     if options.all == bool(options.slugs):
         raise ValueError("name one or more systems, or --all")
-    cards = load_cards() if options.all else [find_card(slug) for slug in options.slugs]
-    stored = _results_folder(options.results)
-    results = stored / ".check" if options.check else stored
-    device = None
-    if options.device:
-        try:
-            device = torch.device(options.device)
-        except RuntimeError as error:
-            raise ValueError(f"no device is called {options.device!r}; cpu or cuda:0?") from error
-    finished, status = _run_all(cards, options.scale, device, options.seeds, results)
+    slugs = dict.fromkeys(options.slugs)  # one named twice runs once
+    cards = load_cards() if options.all else [find_card(slug) for slug in slugs]
+    stored = results = _results_folder(options.results)
+    before: dict[str, dict[str, Any]] = {}
+    missing = 0
+    if options.check:
+        results = stored / ".check"
+        before = _stored(stored, cards, options.scale)
+        missing = FAILED if len(before) < len(cards) else 0
+        cards = [card for card in cards if card.slug in before]
+    if not cards:
+        return missing
+    finished, status = _run_all(cards, options.scale, options.device, options.seeds, results)
+    status = max(status, missing)
     for card in cards:
         forget_runs(results, card.slug, options.scale)
     for result in finished:
@@ -182,9 +199,23 @@ def _study(options: argparse.Namespace) -> int:
         console.print(f"report: {html_report(results, entries, options.report)}", highlight=False)
     if options.check:
         for result in finished:
-            before = load_result(stored, result["slug"], options.scale)
-            status = max(status, _check(result, before))
+            status = max(status, _check(result, before[result["slug"]]))
     return status
+
+
+def _stored(folder: Path, cards: Sequence[Card], scale: str) -> dict[str, dict[str, Any]]:
+    """Read the cards' stored results; those that have none are named and left out."""
+    from batchery.studies.harness import load_result, result_path
+
+    found = {}
+    for card in cards:
+        result = load_result(folder, card.slug, scale)
+        if result is None:
+            path = result_path(folder, card.slug, scale)
+            _complain(f"{card.slug}: nothing to check against, no stored result {path}")
+        else:
+            found[card.slug] = result
+    return found
 
 
 def _run_all(
@@ -248,16 +279,18 @@ def _print_result(result: dict[str, Any]) -> None:
     console.print(f"verdict: [bold]{verdict_line(result)}[/]")
 
 
-def _check(result: dict[str, Any], before: dict[str, Any] | None) -> int:
-    from batchery.studies.study import HOLDS
+def _check(result: dict[str, Any], before: dict[str, Any]) -> int:
+    from batchery.studies.study import check_claims
 
-    slug = result["slug"]
-    if before is None:
-        console.print(f"{slug}: no stored result to check against")
-        return 0
-    lost = before["verdict"] == HOLDS and result["verdict"] != HOLDS
+    found = check_claims(before, result)
+    slug, held = result["slug"], sum(len(names) for names in found.values())
     console.print(f"{slug}: stored {before['verdict']!r}, now {result['verdict']!r}")
-    return FAILED if lost else 0
+    console.print(f"  {len(found['kept'])} of {held} claims that held still hold")
+    for name in found["unchecked"]:
+        console.print(f"  unchecked, an arm was left out: {name}", markup=False, soft_wrap=True)
+    for name in found["lost"]:
+        _complain(f"{slug}: no longer holds: {name}")
+    return FAILED if found["lost"] else 0
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -340,7 +340,7 @@ def _verify(name: str, file: File, path: Path) -> None:
     stat = path.stat()
     stamp = [stat.st_size, stat.st_mtime_ns, file.sha256]
     ledger = cache_folder() / "verified.json"
-    known = json.loads(ledger.read_text()) if ledger.is_file() else {}
+    known = _read_ledger(ledger)
     key = str(path.resolve())
     if known.get(key) == stamp:
         return
@@ -354,6 +354,15 @@ def _verify(name: str, file: File, path: Path) -> None:
             f"its SHA-256 is {found[:16]}…, not {file.sha256[:16]}…; it was not used"
         )
     atomic_write(ledger, json.dumps(known | {key: stamp}).encode())
+
+
+def _read_ledger(ledger: Path) -> dict[str, Any]:
+    """Return the stamps of files checked before; a damaged ledger has none, and is made anew."""
+    try:
+        known = json.loads(ledger.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
 def _download(name: str, file: File, path: Path) -> Path:

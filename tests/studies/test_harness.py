@@ -6,9 +6,20 @@ import math
 import pytest
 import torch
 
+from batchery import datasets
+from batchery.cards import load_cards
+from batchery.datasets import MissingData
 from batchery.studies import harness
-from batchery.studies.harness import forget_runs, kept_runs, load_result, run_study
-from batchery.studies.study import HOLDS, Comparison, Metric, Outcome, Study
+from batchery.studies.harness import (
+    CorruptResult,
+    forget_runs,
+    kept_runs,
+    load_result,
+    load_study,
+    run_study,
+    source_hash,
+)
+from batchery.studies.study import HOLDS, SCALES, Comparison, Metric, Outcome, Study
 
 
 class Toy:
@@ -92,6 +103,58 @@ def test_runs_made_by_other_code_are_not_used(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "source_hash", lambda: "another")
     run_study(toy.study(), "cpu", results=tmp_path)
     assert len(toy.calls) == 7
+
+
+@pytest.mark.parametrize("name", ["a.py", "kernels/b.c", "studies/c.jinja"])
+def test_every_kind_of_source_makes_other_code(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("old")
+    before = source_hash(tmp_path)
+    path.write_text("new")
+    assert source_hash(tmp_path) != before
+
+
+def test_data_are_made_sure_of_before_the_first_run(toy, tmp_path, monkeypatch):
+    asked = []
+
+    def fetch(name):
+        asked.append(name)
+        if name == "lost":
+            raise MissingData(name, "lost.txt", "gone", "batchery data lost")
+
+    monkeypatch.setattr(datasets, "fetch", fetch)
+    study = dataclasses.replace(toy.study(), data={"smoke": ["here"], "cpu": ["here", "lost"]})
+    run_study(study, "smoke", results=tmp_path)
+    assert asked == ["here"]
+    toy.calls.clear()
+    with pytest.raises(MissingData, match=r"lost.txt: gone; get it with: batchery data lost"):
+        run_study(study, "cpu", results=tmp_path)
+    assert toy.calls == []
+
+
+@pytest.mark.parametrize("card", load_cards(), ids=lambda card: card.slug)
+def test_the_data_of_a_study_are_known(card):
+    data = load_study(card.slug).data
+    assert set(data) == set(SCALES)
+    assert all(set(names) <= set(datasets.names()) for names in data.values())
+
+
+def test_a_stored_result_of_another_shape_is_named(toy, tmp_path):
+    whole = run_study(toy.study(), "smoke", results=tmp_path)
+    path = tmp_path / "toy.smoke.json"
+    for text, message in [
+        ("[]", "is a JSON list, not a result"),
+        ("{bad", "is not JSON: Expecting property name"),
+        ("{}", "has no slug, or not as a str"),
+        (json.dumps(whole | {"arms": 3}), "has no arms, or not as a list"),
+        (json.dumps(whole | {"arms": []}), "has arms that lack some of memory"),
+        (json.dumps(whole | {"metrics": [7]}), "has metrics that lack some of better"),
+        (json.dumps(whole | {"environment": {}}), "has environment that lack some of commit"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(CorruptResult, match=rf"stored result .*toy\.smoke\.json {message}"):
+            load_result(tmp_path, "toy", "smoke")
 
 
 def test_runs_can_be_kept_for_a_group_of_studies(toy, tmp_path):

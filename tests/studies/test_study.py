@@ -12,6 +12,7 @@ from batchery.studies.study import (
     Metric,
     Outcome,
     Study,
+    check_claims,
     compare,
     overall,
 )
@@ -69,6 +70,43 @@ def test_one_failed_claim_decides_and_information_does_not():
     assert overall("cpu", [_judged(HOLDS), _judged(UNSHOWN)])[0] == UNSHOWN
     assert overall("cpu", [_judged(UNSHOWN), _judged(FAILS)]) == (FAILS, "a vs b on m")
     assert overall("smoke", [_judged(HOLDS)])[0] == UNSHOWN
+
+
+def _result(verdict, *comparisons, left_out=()):
+    bar = {"baseline": "b", "metric": "m", "require": "superior", "margin": 0.0}
+    rows = [{**bar, "arm": arm, "verdict": v, "claim": claim} for arm, v, claim in comparisons]
+    return {"verdict": verdict, "comparisons": rows, "left_out": dict.fromkeys(left_out, "why")}
+
+
+def test_a_check_asks_for_every_claim_that_held_whatever_the_verdict():
+    before = _result(
+        UNSHOWN, ("a", HOLDS, True), ("c", HOLDS, True), ("d", UNSHOWN, True), ("e", HOLDS, False)
+    )
+    now = _result(
+        UNSHOWN, ("a", HOLDS, True), ("c", UNSHOWN, True), ("d", FAILS, True), ("e", FAILS, False)
+    )
+    assert check_claims(before, before)["lost"] == []
+    assert check_claims(before, now) == {
+        "kept": ["a vs b on m"],
+        "lost": ["c vs b on m"],
+        "unchecked": [],
+    }
+
+
+def test_a_check_asks_for_the_same_bar_and_for_the_verdict():
+    before, now = _result(HOLDS, ("a", HOLDS, True)), _result(HOLDS, ("a", HOLDS, True))
+    now["comparisons"][0]["margin"] = -0.1
+    assert check_claims(before, now)["lost"] == ["a vs b on m"]
+    stricter = _result(UNSHOWN, ("a", HOLDS, True), ("new", UNSHOWN, True))
+    assert check_claims(before, stricter)["lost"] == ["the verdict"]
+
+
+@pytest.mark.parametrize("away", ["c", "b"])
+def test_a_claim_of_an_arm_that_is_left_out_is_unchecked(away):
+    before = _result(HOLDS, ("c", HOLDS, True))
+    now = _result(UNSHOWN, ("c", UNSHOWN, True), left_out=[away])
+    names = ["c vs b on m", "the verdict"]
+    assert check_claims(before, now) == {"kept": [], "lost": [], "unchecked": names}
 
 
 @pytest.mark.parametrize(

@@ -166,12 +166,11 @@ def find_card(slug: str) -> Card:
 
 
 def search(words: Sequence[str]) -> list[Card]:
-    """Return the cards that hold every word in slug, title, claim or question."""
-    return [
-        card
-        for card in load_cards()
-        if all(
-            word.lower() in f"{card.slug} {card.title} {card.claim} {card.question}".lower()
-            for word in words
-        )
-    ]
+    """Return the cards that hold every word in slug, title, claim, question or objects' names."""
+    found = []
+    for card in load_cards():
+        names = " ".join(path.rsplit(".", 1)[1] for path in card.objects)
+        text = f"{card.slug} {card.title} {card.claim} {card.question} {names}".lower()
+        if all(word.lower() in text for word in words):
+            found.append(card)
+    return found

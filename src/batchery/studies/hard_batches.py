@@ -387,7 +387,7 @@ STUDY = Study(
     ),
     comparisons=(*_COMPARISONS, *_SPOKEN_COMPARISONS),
     seeds={"smoke": 1, "cpu": 8, "gpu": 3},
-    data=("digits", "fsdd"),
+    data={scale: [size.data for size in sizes.values()] for scale, sizes in SIZES.items()},
     prepare=_prepare,
     figure=_draw,
 )

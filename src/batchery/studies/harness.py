@@ -20,16 +20,20 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from batchery import datasets
 from batchery._core.state import atomic_write
 from batchery._core.validate import integer, one_of
 from batchery.studies.study import (
     SCALES,
+    Comparison,
+    Metric,
     Outcome,
     Scale,
     Study,
@@ -43,6 +47,8 @@ Progress = Callable[[str, float], None]
 Result = dict[str, Any]
 
 _PACKAGES = ("torch", "numpy", "triton", "transformers", "accelerate", "scikit-learn")
+_PACKAGE = Path(__file__).resolve().parents[1]
+_SOURCES = {".py", ".c", ".jinja"}
 _TICK = 0.1  # seconds between two reports of progress: a bar needs no more
 
 
@@ -55,11 +61,10 @@ def load_study(slug: str) -> Study:
     return study
 
 
-def source_hash() -> str:
-    """Return a short hash of all of the library's Python code."""
+def source_hash(root: Path = _PACKAGE) -> str:
+    """Return a short hash of all of the library's source: Python, C and templates."""
     digest = hashlib.sha256()
-    root = Path(__file__).resolve().parents[1]
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(path for path in root.rglob("*") if path.suffix in _SOURCES):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -170,6 +175,8 @@ def run_study(
         The result as written to the file (numbers that are not finite read `None` there).
 
     Raises:
+        MissingData: a data set that the study needs at this scale is not here and cannot be
+            fetched. Nothing ran.
         RuntimeError: scale `"gpu"` without a CUDA device.
         ValueError: unknown scale, or fewer than one seed.
     """
@@ -180,6 +187,9 @@ def run_study(
         device = torch.device("cuda" if scale == "gpu" else "cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"{owner}: scale {scale!r} on device {device} needs CUDA, none is here")
+    for name in study.data.get(scale, ()):
+        on_progress(f"{study.slug} · data {name}", 0.0)
+        datasets.fetch(name)
     left_out = dict(study.left_out(scale))
     for arm, why in left_out.items():
         one_of(owner, "left_out", arm, study.arms)
@@ -244,13 +254,55 @@ def result_path(results: Path, slug: str, scale: str) -> Path:
     return results / f"{slug}.{scale}.json"
 
 
+class CorruptResult(RuntimeError):
+    """A file is not a result as `run_study` writes it; the message names the file."""
+
+
+_FIELDS: dict[str, type] = {
+    **dict.fromkeys(("slug", "scale", "claim", "protocol", "verdict", "reason", "date"), str),
+    **dict.fromkeys(("metrics", "comparisons", "arms"), list),
+    "environment": dict,
+}
+_PARTS = {
+    "metrics": {field.name for field in fields(Metric)},
+    "comparisons": {field.name for field in fields(Comparison)}
+    | {"effect", "interval", "relative", "verdict", "reason"},
+    "arms": {"name", "summary", "seconds", "memory", "runs"},
+    "environment": {"device", "threads", "versions", "commit", "source"},
+}
+
+
 def load_result(results: Path, slug: str, scale: str) -> Result | None:
-    """Read a stored result, or None when there is none."""
+    """Read a stored result, or None when there is none.
+
+    Raises:
+        CorruptResult: the file is not JSON, or lacks a part of a result.
+    """
     path = result_path(results, slug, scale)
     if not path.is_file():
         return None
-    result: Result = json.loads(path.read_text())
-    return result
+    try:
+        result: Result = json.loads(path.read_text())
+    except ValueError as error:
+        raise CorruptResult(f"stored result {path} is not JSON: {error}") from error
+    fault = _fault(result)
+    if fault:
+        raise CorruptResult(f"stored result {path} {fault}; run its study again")
+    return {"left_out": {}, **result}  # results of before arms could be left out lack it
+
+
+def _fault(result: Any) -> str:
+    """Say what a result lacks of what its readers use; an empty string when nothing."""
+    if not isinstance(result, dict):
+        return f"is a JSON {type(result).__name__}, not a result"
+    for name, kind in _FIELDS.items():
+        if not isinstance(result.get(name), kind):
+            return f"has no {name}, or not as a {kind.__name__}"
+    for name, keys in _PARTS.items():
+        items = result[name] if isinstance(result[name], list) else [result[name]]
+        if not items or not all(isinstance(item, dict) and keys <= item.keys() for item in items):
+            return f"has {name} that lack some of {', '.join(sorted(keys))}"
+    return ""
 
 
 def to_json(value: Any) -> str:

@@ -27,7 +27,7 @@ from batchery.optim import LAMB, LARS, layer_adaptation_groups, scale_lr, warmup
 from batchery.studies import char, lab
 from batchery.studies.char import CharPerceptron, char_loss, char_text, windows
 from batchery.studies.lab import LabSize
-from batchery.studies.study import Comparison, Metric, Outcome, Scale, Study, Trial
+from batchery.studies.study import SCALES, Comparison, Metric, Outcome, Scale, Study, Trial
 from batchery.studies.tuning import walk
 
 if TYPE_CHECKING:
@@ -326,7 +326,7 @@ STUDY = Study(
         Comparison("lamb", "sgd", "loss_large", claim=False),
     ),
     seeds={"smoke": 1, "cpu": 5, "gpu": 3},
-    data=("stdlib-text", "digits"),
+    data=dict.fromkeys(SCALES, ("stdlib-text", "digits")),
     prepare=_prepare,
     figure=_draw,
 )

@@ -24,7 +24,7 @@ from batchery._core import random
 from batchery.compress.quant import QuantizedWeight, gptq_quantize_model, rtn_quantize_model
 from batchery.studies import encoder, lab
 from batchery.studies.lab import Corpus, LabModel, LabSize
-from batchery.studies.study import Comparison, Metric, Outcome, Scale, Study, Trial
+from batchery.studies.study import SCALES, Comparison, Metric, Outcome, Scale, Study, Trial
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -368,7 +368,7 @@ STUDY = Study(
         Comparison("encoder-gptq-128", "encoder-rtn-128", "neighbours", claim=False),
     ),
     seeds={"smoke": 1, "cpu": 3, "gpu": 3},
-    data=("stdlib-text",),
+    data=dict.fromkeys(SCALES, ("stdlib-text",)),
     prepare=_prepare,
     left_out=_left_out,
     figure=_draw,

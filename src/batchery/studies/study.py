@@ -108,7 +108,8 @@ class Study:
             first is the headline.
         comparisons: the bars.
         seeds: how many seeds at each scale.
-        data: names of the data sets it needs (`batchery.datasets`).
+        data: names of the data sets it needs at each scale (`batchery.datasets`); the harness makes
+            sure of them before the first run.
         prepare: runs once before the arms (with seed 0); its JSON-able result reaches every trial
             as `prepared` and is stored. Tuning that is the same for every arm belongs here.
         left_out: tells of a scale which arms cannot run on this machine, and why: for instance for
@@ -125,7 +126,7 @@ class Study:
     metrics: Sequence[Metric]
     comparisons: Sequence[Comparison]
     seeds: Mapping[Scale, int]
-    data: Sequence[str] = ()
+    data: Mapping[Scale, Sequence[str]] = field(default_factory=dict)
     prepare: Callable[[Trial], dict[str, Any]] | None = None
     left_out: Callable[[Scale], Mapping[str, str]] = lambda scale: {}
     threads: int | None = 1
@@ -195,6 +196,36 @@ def not_compared(comparison: Comparison, reason: str) -> dict[str, Any]:
     """Return the record of a comparison, as of `compare`, one of whose arms did not run."""
     unknown = {"effect": None, "interval": None, "relative": None}
     return {**vars(comparison), **unknown, "verdict": UNSHOWN, "reason": reason}
+
+
+def check_claims(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Sort what held in a stored result by whether it still holds in a new one.
+
+    What held are the comparisons marked as claims, and the verdict. A claim that is no longer
+    compared against the same bar is lost; one of an arm that was left out is unchecked.
+
+    Returns:
+        What is `"kept"`, `"lost"` and `"unchecked"`, by name.
+    """
+
+    def bar(item: Mapping[str, Any]) -> tuple[object, ...]:
+        return tuple(item[key] for key in ("arm", "baseline", "metric", "require", "margin"))
+
+    def unchecked(item: Mapping[str, Any]) -> bool:
+        return item["arm"] in now["left_out"] or item["baseline"] in now["left_out"]
+
+    found: dict[str, list[str]] = {"kept": [], "lost": [], "unchecked": []}
+    holding = {bar(item) for item in now["comparisons"] if item["verdict"] == HOLDS}
+    for item in before["comparisons"]:
+        if item["claim"] and item["verdict"] == HOLDS:
+            state = "kept" if bar(item) in holding else "lost"
+            name = f"{item['arm']} vs {item['baseline']} on {item['metric']}"
+            found["unchecked" if unchecked(item) else state].append(name)
+    if before["verdict"] == HOLDS:
+        short = [item for item in now["comparisons"] if item["claim"] and item["verdict"] != HOLDS]
+        state = "kept" if not short else "unchecked" if all(map(unchecked, short)) else "lost"
+        found[state].append("the verdict")
+    return found
 
 
 def overall(scale: Scale, comparisons: Sequence[Mapping[str, Any]]) -> tuple[str, str]:

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from batchery.studies.char import CharPerceptron, char_loss, held_out_loss
 from batchery.studies.lab import LabSize
-from batchery.studies.study import Comparison, Metric, Outcome, Scale, Study, Trial
+from batchery.studies.study import SCALES, Comparison, Metric, Outcome, Scale, Study, Trial
 from batchery.studies.tuning import walk
 from batchery.studies.wind_tunnel import (
     DECAY,
@@ -287,7 +287,7 @@ STUDY = Study(
         Comparison("mup", "sp", "loss_wide", claim=False),
     ),
     seeds={"smoke": 1, "cpu": 3, "gpu": 3},
-    data=("stdlib-text",),
+    data=dict.fromkeys(SCALES, ("stdlib-text",)),
     prepare=_prepare,
     figure=_draw,
 )
