@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from batchery.privacy import Budget, DiscreteNoise, FactorizationCounter, FloatNoise, TreeCounter
+from batchery.studies.harness import environment
 
 RHO = Budget(rho=0.5)
 HORIZON = 1 << 14
@@ -173,9 +174,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device(options.device)
-    found: dict[str, Any] = {"date": date.today().isoformat(), "torch": torch.__version__}
-    if device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(device)
+    found: dict[str, Any] = {"date": date.today().isoformat(), "environment": environment(device)}
     found["noise"] = noise(options.samples)
     found["wide"] = wide(device, options.width, options.repeats)
     found["squared_error"] = squared_error(1000)

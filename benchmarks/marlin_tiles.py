@@ -24,6 +24,7 @@ from marlin_backends import SHAPES, copies, fresh, packed, random
 from batchery.kernels.w4a16_layout import dequantize_w4
 from batchery.kernels.w4a16_plan import plan_tiles
 from batchery.kernels.w4a16_tiles import Tile, dequantize_tiles, launch
+from batchery.studies.harness import environment
 
 BATCHES = (1, 16, 32, 64, 128, 256)
 LONG = (256, 512, 1024, 2048, 4096)  # where a dense product of dequantised weights may overtake
@@ -163,7 +164,8 @@ def main() -> None:
     for (batch, tile), error in tried.items():
         if (batch, tile) not in works:
             print("left out:", batch, short(tile), error)
-    found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "layers": [], "long": []}
+    where = environment(torch.device("cuda"))
+    found: dict[str, Any] = {"environment": where, "layers": [], "long": []}
     for shape in reversed(SHAPES):
         if time.perf_counter() - begin < options.seconds:
             found["layers"] += sweep(shape, works)

@@ -226,3 +226,9 @@ def test_the_project_speaks_of_itself_alone():
     for pattern in ("*.md", "*.toml", "Makefile", "src/**/*.py", "docs/**/*.md", ".ci/run"):
         for path in ROOT.glob(pattern):
             assert not forbidden.search(path.read_text()), path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.stem)
+def test_a_benchmark_that_keeps_its_numbers_says_where_it_ran(path):
+    text = path.read_text()
+    assert ('"--json"' in text) == ("environment(" in text)

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import pytest
 import torch
 
 from batchery._core.random import derive_seed, initial_weights, new_generator, seed_of
@@ -23,8 +24,10 @@ def test_generators_leave_the_global_stream_alone():
 def test_seed_of_does_not_advance_the_generator():
     generator = torch.Generator().manual_seed(7)
     state = generator.get_state()
-    assert seed_of(generator) == 7
-    assert seed_of(None) == 0
+    assert seed_of("f", generator) == 7
+    assert seed_of("f", None) == 0
+    with pytest.raises(TypeError, match="f: generator must be a torch.Generator or None, got int"):
+        seed_of("f", 3)
     assert torch.equal(state, generator.get_state())
 
 

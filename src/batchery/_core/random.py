@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
+from batchery._core.validate import require_type
+
 
 def derive_seed(*keys: object) -> int:
     """Mix keys (ints and strings) into a 63-bit seed that is the same on every machine.
@@ -35,10 +37,15 @@ def initial_weights(*keys: object) -> Iterator[None]:
         yield
 
 
-def seed_of(generator: torch.Generator | None) -> int:
+def seed_of(owner: str, generator: torch.Generator | None) -> int:
     """Return the seed that a user's generator stands for; 0 when none is given.
 
     Drawing from the generator would advance it, so objects that must agree across ranks and
     survive a resume keep this number and derive every later stream from it.
+
+    Raises:
+        TypeError: it is no generator.
     """
+    known = generator is None or isinstance(generator, torch.Generator)
+    require_type(known, owner, "generator", "must be a torch.Generator or None", generator)
     return 0 if generator is None else generator.initial_seed()

@@ -145,8 +145,6 @@ class ResumableBatchSampler(Sampler[list[int]]):
             require_type(whole, owner, "data_source_or_len", rule, data_source_or_len)
             count = int(data_source_or_len)
         integer(owner, "batch_size", batch_size, at_least=1)
-        known = generator is None or isinstance(generator, torch.Generator)
-        require_type(known, owner, "generator", "must be a torch.Generator or None", generator)
         together = (rank is None) == (world_size is None)
         require(together, owner, "rank", "must be given together with world_size", rank)
         if rank is not None and world_size is not None:
@@ -158,7 +156,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
         self.drop_last = drop_last
         self.process_group = process_group
         self._given = None if rank is None or world_size is None else (rank, world_size)
-        self._seed = seed_of(generator)
+        self._seed = seed_of(owner, generator)
         self._batch_size = self._first_batch_size = batch_size
         self._check_batch_size(batch_size)
         fewest = batch_size if drop_last else self._place()[1]

@@ -87,7 +87,7 @@ def coord_check(
         runs = []
         for repeat in range(repeats):
             with torch.random.fork_rng():
-                torch.manual_seed(derive_seed(seed_of(generator), owner, repeat))
+                torch.manual_seed(derive_seed(seed_of(owner, generator), owner, repeat))
                 model = make_model(width)
                 runs.append(_sizes(model, batch, steps, make_optimizer(model), loss))
         for step, name in runs[0]:

@@ -222,7 +222,7 @@ def fit_scaling_law(
     theta = min(rough, key=lambda end: end[0])[1]
     theta = _descend(owner, n, d, found, loss, theta, tolerance=1e-14)[1]
     draws = []
-    stream = new_generator(seed_of(generator), owner)
+    stream = new_generator(seed_of(owner, generator), owner)
     for _ in tqdm(range(bootstrap), "bootstrap", delay=2, disable=None):
         k = _resample(size, data, stream)
         draws.append(_law(_descend(owner, n[k], d[k], found[k], loss, theta)[1], centres))
