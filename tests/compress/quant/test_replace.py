@@ -202,7 +202,12 @@ def silu(gate, up, down):
         lambda gate, up, down: down(F.silu(0.98 * gate) * up),
         lambda gate, up, down: 0.99 * down(F.silu(gate) * up),
         lambda gate, up, down: down(F.silu(up) * gate),
+        lambda gate, up, down: 1.0005 * down(F.silu(gate) * up),
         lambda gate, up, down: down(F.silu(gate) * up.clamp(-2, 2)),
+        lambda gate, up, down: down(F.silu(gate) * up.clamp(-1000, 1000)),
+        lambda gate, up, down: down(F.silu(gate.clamp(max=20)) * up.clamp(-20, 20)),
+        lambda gate, up, down: (down(F.silu(gate) * up),),
+        lambda gate, up: gate,
     ],
 )
 def test_an_mlp_of_another_form_stays(form):

@@ -48,8 +48,8 @@ __all__ = [
     "replace_linears",
 ]
 
-ALIKE = 1e-3  # relative difference in float32; another activation makes more
-GATES = 4.0  # size of gates at which activations are told apart
+ALIKE = 1e-4  # relative difference in float32; another activation makes more
+GATES = (4.0, 400.0, 40_000.0)  # sizes of gates at which activations and limits are told apart
 
 
 def replace_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> None:
@@ -252,10 +252,24 @@ def _layer_like(
 
 
 def _alike(module: nn.Module, fused: nn.Module, gate: QuantLinear) -> bool:
-    """Say whether two modules give the same, in float32 and where activations are not linear."""
+    """Say whether two modules give the same, in float32, where activations bend and far beyond.
+
+    Far beyond, limits of gate or up show. A module that is not called like an MLP is another.
+    """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, gate.in_features, generator=generator, dtype=torch.float32)
     x = x.to(gate.packed.words.device)
-    x *= GATES / gate(x).std()
-    wanted = module(x)
-    return bool((fused(x) - wanted).norm() <= ALIKE * wanted.norm())
+    x /= gate(x).std()
+    modes = [(own, own.training) for own in module.modules()]
+    module.eval()  # dropout would draw from the global generator
+    try:
+        return all(
+            bool((fused(x * size) - wanted).norm() <= ALIKE * wanted.norm())
+            for size in GATES
+            for wanted in (module(x * size),)
+        )
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+        return False
+    finally:
+        for own, mode in modes:
+            own.training = mode
