@@ -222,7 +222,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         gptq_quantize_model(llama(1), [ids()], folder=tmp_path, group_size=16, progress=False)
     with pytest.raises(ValueError, match="the saved state has calibration="):
         gptq_quantize_model(llama(1), [ids(seed=2)], folder=tmp_path, **HOW)
-    with pytest.raises(ValueError, match=r"the saved state has model.layers.0.self_attn.q_proj="):
+    with pytest.raises(ValueError, match=r"the saved state has model="):
         gptq_quantize_model(llama(1, seed=1), [ids()], folder=tmp_path, **HOW)
 
 

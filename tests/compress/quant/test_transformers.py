@@ -277,6 +277,40 @@ def test_a_tensor_that_does_not_fit_is_named(own, change, message, tmp_path, ena
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+def lacking(folder, *starts):
+    file = folder / "model.safetensors"
+    kept = {k: t for k, t in load_file(file).items() if not k.startswith(starts)}
+    save_file(kept, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("start", [f"{PROJ}.qweight", PROJ, "lm_head"])
+def test_a_linear_layer_that_the_files_lack_is_refused(start, tied, tmp_path, enabled):
+    write(tmp_path, "gptq-v2", tie_word_embeddings=tied)
+    lacking(tmp_path, start)
+    if tied and start == "lm_head":  # the embedding's
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        return
+    named = "output embeddings" if start == "lm_head" else PROJ.removeprefix("model.")
+    with pytest.raises(ValueError, match=f"must have all linear layers, got .*{named}"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("start", [f"{PROJ}.qweight", PROJ, "model.norm", "model.embed"])
+def test_by_name_no_tensor_may_be_missing(start, tied, tmp_path):
+    write(tmp_path, "gptq-v2", tie_word_embeddings=tied)
+    lacking(tmp_path, start)
+    with pytest.raises(ValueError, match="checkpoint_files must have|files in .* must have all"):
+        load_quantized(tmp_path)
+
+
+def test_a_new_head_is_no_missing_layer(tmp_path, enabled):
+    write(tmp_path, "gptq-v2")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert len(layers(model)) == 14
+
+
 def test_files_that_do_not_fit_the_model_are_refused(tmp_path, enabled):
     write(tmp_path, "gptq-v2")
     wider = config(intermediate_size=128)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,12 +36,18 @@ __all__ = [
     "cut_padding",
     "decoder_blocks",
     "digest_of",
+    "digest_of_tensors",
+    "ready_to_watch",
+    "require_most_inside",
     "targets_of",
 ]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 CACHES = ("past_key_values", "past_key_value")
+WORTH_A_WORD = 0.05  # of the linear weights, left as they are
+
+logger = logging.getLogger(__name__)
 
 
 def cut_padding(owner: str, batch: Tensor | Mapping[str, Any]) -> list[Call]:
@@ -52,8 +59,8 @@ def cut_padding(owner: str, batch: Tensor | Mapping[str, Any]) -> list[Call]:
             says what is no padding, and `labels` are dropped.
 
     Raises:
-        TypeError: the batch is neither.
-        ValueError: a mask has holes.
+        TypeError: the batch is neither, or its ids are no tensor.
+        ValueError: ids or a mask of a wrong shape; a mask has holes.
 
     Example:
         >>> ids = torch.arange(6).view(2, 3)
@@ -62,13 +69,26 @@ def cut_padding(owner: str, batch: Tensor | Mapping[str, Any]) -> list[Call]:
         [[[1, 2]], [[3, 4, 5]]]
     """
     if isinstance(batch, Tensor):
+        _check_ids(owner, "calibration", batch)
         return [((batch,), {})]
     known = isinstance(batch, Mapping)
     require_type(known, owner, "calibration", "must yield tensors or mappings", batch)
     given = {name: value for name, value in batch.items() if name != "labels"}
     mask = given.pop("attention_mask", None)
+    ids = [name for name in ("input_ids", "inputs_embeds") if given.get(name) is not None]
+    for name in ids:
+        _check_ids(owner, name, given[name])
     if mask is None:
         return [((), given)]
+    require_type(isinstance(mask, Tensor), owner, "attention_mask", "must be a tensor", mask)
+    shape = tuple(mask.shape)
+    require(len(shape) == 2, owner, "attention_mask", "must be (B, T)", shape)
+    for name in ids:
+        wanted = tuple(given[name].shape[:2])
+        rule = f"must have the shape {wanted} of {name}"
+        require(shape == wanted, owner, "attention_mask", rule, shape)
+    known = any(isinstance(x, Tensor) and x.shape[:2] == mask.shape for x in given.values())
+    require(known, owner, "attention_mask", "must have the shape of another argument", shape)
     mask = mask.bool()
     lengths = mask.sum(1)
     first = mask & ~F.pad(mask, (1, 0))[:, :-1]
@@ -92,20 +112,41 @@ def cut_padding(owner: str, batch: Tensor | Mapping[str, Any]) -> list[Call]:
     return calls
 
 
+def _check_ids(owner: str, argument: str, ids: Any) -> None:
+    """Refuse what is no batch of sequences."""
+    require_type(isinstance(ids, Tensor), owner, argument, "must be a tensor", ids)
+    shape = tuple(ids.shape)
+    if ids.is_floating_point():  # hidden states
+        require(len(shape) >= 2, owner, argument, "must be (B, T, ...)", shape)
+    else:
+        require(len(shape) == 2, owner, argument, "must hold token ids (B, T)", shape)
+
+
 def digest_of(calls: Sequence[Call]) -> str:
     """Return a hash of all tensors in some calls."""
-    digest = hashlib.sha256()
+    named: list[tuple[str, Any]] = []
     for positional, keywords in calls:
-        for name, value in (*enumerate(positional), *sorted(keywords.items())):
-            if isinstance(value, Tensor):
-                data = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
-                digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-                digest.update(data.numpy().tobytes())
+        named += [(str(place), value) for place, value in enumerate(positional)]
+        named += sorted(keywords.items())
+    return digest_of_tensors((name, value) for name, value in named if isinstance(value, Tensor))
+
+
+def digest_of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the SHA-256 of names, dtypes, shapes and bytes, in the order given."""
+    digest = hashlib.sha256()
+    for name, value in named:
+        data = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(data.numpy().data)  # no copy
     return digest.hexdigest()
 
 
-def decoder_blocks(owner: str, model: nn.Module) -> tuple[str, nn.ModuleList]:
+def decoder_blocks(
+    owner: str, model: nn.Module, exclude: Sequence[str] = ()
+) -> tuple[str, nn.ModuleList]:
     """Find the blocks: the longest outermost list of modules of one class that hold linear layers.
+
+    A list of which all is excluded is taken only when there is no other.
 
     Returns:
         The name of the list in the model, and the list.
@@ -120,9 +161,59 @@ def decoder_blocks(owner: str, model: nn.Module) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1:
             if any(isinstance(inner, nn.Linear) for inner in module.modules()):
                 found.append((name, module))
-    kind = type(model).__name__
-    require(bool(found), owner, "model", "must have a list of blocks with linear layers", kind)
-    return max(found, key=lambda entry: len(entry[1]))
+    rule = f"must have a list of blocks of one class with linear layers{_conv1d_note(model)}"
+    require(bool(found), owner, "model", rule, type(model).__name__)
+
+    def rank(entry: tuple[str, nn.ModuleList]) -> tuple[bool, int]:
+        names = (target.name for target in _all_targets(entry[1], entry[0]))
+        return not all(_matches(name, exclude) for name in names), len(entry[1])
+
+    return max(found, key=rank)
+
+
+def require_most_inside(
+    owner: str, model: nn.Module, name: str, inside: Iterable[Target], exclude: Sequence[str]
+) -> None:
+    """Refuse to quantise a fragment; say so when much is left.
+
+    Args:
+        owner: what errors say.
+        model: the whole.
+        name: of the list of blocks that was chosen.
+        inside: the weights to quantise.
+        exclude: shell-style patterns of full names.
+
+    Raises:
+        ValueError: most linear weights lie outside; the head and what is excluded do not count.
+    """
+    own = {target.weight.data_ptr(): target.weight.numel() for target in inside}
+    heads = [layer for layer in model.children() if isinstance(layer, nn.Linear)]
+    if callable(getattr(model, "get_output_embeddings", None)):
+        heads.append(model.get_output_embeddings())  # type: ignore[operator]
+    skipped = {head.weight.data_ptr() for head in heads if isinstance(head, nn.Linear)}
+    everything = [(target.name, target.weight) for target in _all_targets(model, "")]
+    everything += [(at, layer.weight) for at, layer in model.named_modules() if _is_conv1d(layer)]
+    others = {
+        weight.data_ptr(): weight.numel()
+        for at, weight in everything
+        if not _matches(at, exclude) and weight.data_ptr() not in (own.keys() | skipped)
+    }
+    here, elsewhere = sum(own.values()), sum(others.values())
+    rule = f"must have most of its linear weights in one list of blocks{_conv1d_note(model)}"
+    got = f"{here} in {name}, {elsewhere} outside it"
+    require(elsewhere <= here, owner, "model", f"{rule}; exclude what shall stay", got)
+    if elsewhere > WORTH_A_WORD * (here + elsewhere):
+        logger.warning("%s: the linear weights outside stay as they are: %s", owner, got)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether it is a linear layer of transformers that stores its weight transposed."""
+    return type(module).__name__ == "Conv1D"
+
+
+def _conv1d_note(model: nn.Module) -> str:
+    there = any(_is_conv1d(module) for module in model.modules())
+    return " (Conv1D layers are not taken)" if there else ""
 
 
 @dataclass(frozen=True)
@@ -216,18 +307,55 @@ class Target:
     role: str | None
 
 
-def targets_of(block: nn.Module, prefix: str, exclude: Sequence[str]) -> list[Target]:
+def targets_of(owner: str, block: nn.Module, prefix: str, exclude: Sequence[str]) -> list[Target]:
     """Find the linear layers of a block, and the stacked experts of transformers.
 
     Args:
+        owner: what errors say.
         block: the block.
         prefix: its name in the model.
         exclude: shell-style patterns of full names.
+
+    Raises:
+        ValueError: experts that are stored transposed are not excluded.
     """
+    wanted = [
+        target for target in _all_targets(block, prefix) if not _matches(target.name, exclude)
+    ]
+    for name, module in block.named_modules(prefix=prefix):
+        if _is_stack(module) and _is_transposed(module):
+            inside = any(target.name.startswith(f"{name}.") for target in wanted)
+            pattern = f"*.{name.rsplit('.', 1)[-1]}.*"
+            rule = f"must hold {pattern!r}, as {name} is stored transposed"
+            require(not inside, owner, "exclude", rule, tuple(exclude))
+    return wanted
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _is_stack(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Experts")
+
+
+def _is_transposed(experts: nn.Module) -> bool:
+    """Whether stacked experts are `(E, K, N)`: they say so, or their shapes do."""
+    if getattr(experts, "is_transposed", False):
+        return True
+    own = dict(experts.named_parameters(recurse=False))
+    first, last = own.get("gate_up_proj"), own.get("down_proj")
+    if first is None or last is None or first.dim() != 3 or last.dim() != 3:
+        return False
+    return first.shape[2] == 2 * last.shape[1] and first.shape[1] == last.shape[2]
+
+
+def _all_targets(block: nn.Module, prefix: str) -> list[Target]:
+    """Return the targets of a block, none excluded."""
     targets: list[Target] = []
     lists = [name for name, inner in block.named_modules() if isinstance(inner, nn.ModuleList)]
     for name, module in block.named_modules():
-        full = f"{prefix}.{name}" if name else prefix
+        full = ".".join(part for part in (prefix, name) if part)
         if isinstance(module, nn.Linear):
             around = [outer for outer in lists if name.startswith(f"{outer}.")]
             role = None
@@ -235,17 +363,13 @@ def targets_of(block: nn.Module, prefix: str, exclude: Sequence[str]) -> list[Ta
                 inside = name.removeprefix(f"{around[-1]}.").split(".", 1)
                 role = ".".join([prefix, around[-1], "*", *inside[1:]])
             targets.append(Target(full, module.weight.detach(), role))
-        elif type(module).__name__.endswith("Experts"):
+        elif _is_stack(module):
             for own, stack in module.named_parameters(recurse=False):
                 if stack.dim() == 3:
                     for expert, weight in enumerate(stack.detach()):
                         entry = Target(f"{full}.{own}.{expert}", weight, f"{full}.{own}.*")
                         targets.append(entry)
-
-    def wanted(target: Target) -> bool:
-        return not any(fnmatch.fnmatchcase(target.name, pattern) for pattern in exclude)
-
-    return [target for target in targets if wanted(target)]
+    return targets
 
 
 class InputWatch(TorchFunctionMode):
@@ -305,7 +429,7 @@ class InputWatch(TorchFunctionMode):
 @contextlib.contextmanager
 def ready_to_watch(model: nn.Module) -> Iterator[None]:
     """Evaluate without cache, and let experts multiply one by one; then restore all that."""
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     config = getattr(model, "config", None)
     cache = getattr(config, "use_cache", None)
     experts = getattr(config, "_experts_implementation", None)
@@ -317,7 +441,8 @@ def ready_to_watch(model: nn.Module) -> Iterator[None]:
             model.set_experts_implementation("eager")  # type: ignore[operator]
         yield
     finally:
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
         if cache is not None:
             config.use_cache = cache  # type: ignore[union-attr]
         if experts is not None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from batchery._core.state import atomic_write
 from batchery._core.validate import import_extra, one_of, require
 from batchery.compress.quant.experts import layers_in_model, name_in_files, name_in_model
-from batchery.compress.quant.folder import CONFIG, INDEX, WHOLE, SafetensorsFolder
+from batchery.compress.quant.folder import CONFIG, INDEX, OLD_CONFIG, WHOLE, SafetensorsFolder
 from batchery.compress.quant.linear import QuantLinear
 from batchery.compress.quant.scheme import FORMATS, NAMES, Format, Scheme, layers_of
 
@@ -86,6 +86,7 @@ def load_quantized(
         if f"{stored}.bias" in folder.files:
             tensors["bias"] = folder.tensor(f"{stored}.bias")
         read[places[stored]] = read_layer(scheme, tensors, linear, folder.where(names), device)
+    require_one_size(scheme, read, folder.path.name)
     for name, layer in read.items():
         replace_module(into, name, layer)
     taken = {full for names in layers.values() for full in names.values()}
@@ -130,7 +131,8 @@ def save_quantized(
     shards = list(_shards(state, shard_bytes))
     files: dict[str, str] = {}
     # Weights under another config would be read wrongly: a folder left half-written has none.
-    (path / CONFIG).unlink(missing_ok=True)
+    for name in (CONFIG, OLD_CONFIG):
+        (path / name).unlink(missing_ok=True)
     for place, tensors in enumerate(shards, 1):
         file = f"model-{place:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else WHOLE
         data = safetensors.save(tensors, metadata={"format": "pt"})
@@ -264,6 +266,14 @@ def read_layer(
     dtype = linear.weight.dtype
     layer = QuantLinear.from_quantized(qw, bias, device=device, dtype=dtype)
     return layer.train(linear.training)
+
+
+def require_one_size(scheme: Scheme, layers: Mapping[str, QuantLinear], where: str) -> None:
+    """Raise where groups differ and no config says how: a cut table would read as larger groups."""
+    sizes = {name: layer.group_size for name, layer in layers.items() if not _one_group(layer)}
+    same = bool(scheme.group_sizes) or len(set(sizes.values())) < 2
+    rule = "must be one for all layers, or in the config"
+    require(same, "load_quantized", f"group_size in {where}", rule, sizes)
 
 
 def _convert(

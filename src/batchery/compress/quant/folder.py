@@ -16,6 +16,7 @@ __all__ = ["SafetensorsFolder"]
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 CONFIG = "config.json"
+OLD_CONFIG = "quantize_config.json"  # read where CONFIG has none
 DTYPES = {
     "I64": torch.int64,
     "I32": torch.int32,
@@ -103,7 +104,7 @@ class SafetensorsFolder:
         Raises:
             ValueError: no file has one.
         """
-        for name, inner in ((CONFIG, True), ("quantize_config.json", False)):
+        for name, inner in ((CONFIG, True), (OLD_CONFIG, False)):
             if (self.path / name).is_file():
                 content = self._read_json(self.path / name)
                 found = content.get("quantization_config") if inner else content

@@ -25,7 +25,8 @@ nor the kernels' q - z, whole numbers from 0 to 15, hold them. To round them is 
 Reference: the layouts of AutoGPTQ and GPTQModel, AutoAWQ, and compressed-tensors.
 
 Where we differ: the label "gptq" is on files of both versions. A symmetric weight says itself which
-it is: its zeros are 7 in every nibble, or 8. Version 1 cannot tell 0 from 16; we read 0.
+it is: its zeros are 7 in every nibble, or 8; so we ask them wherever the config does not deny
+symmetry. Version 1 cannot tell 0 from 16; we read 0.
 """
 
 from collections.abc import Mapping
@@ -48,6 +49,7 @@ __all__ = [
 ]
 
 PER_WORD = 8
+HALF_ERROR = 2**-11 + 1e-3  # relative: float16's own, and what subnormals may add
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 AWQ_INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
 
@@ -109,8 +111,8 @@ def unpack_gptq(
 
     Args:
         tensors: `qweight`, `qzeros`, `scales`, and `g_idx` or not.
-        version: what the zeros mean, as far as the file says; a symmetric weight's own zeros
-            have precedence.
+        version: what the zeros mean, as far as the file says; zeros that are all 7 or all 8
+            have precedence, unless `symmetric` is False.
         symmetric: whether the quantiser used no zeros, if that is known.
         where: the layer and its file, for errors.
 
@@ -309,10 +311,11 @@ def _gptq_version(
     read: Reader, stored: Tensor, version: Literal[1, 2] | None, symmetric: bool | None
 ) -> int:
     """Return what the stored zeros mean, or raise if that is not certain."""
-    if symmetric:
+    if symmetric is not False:
         for meaning, value in ((1, MIDDLE - 1), (2, MIDDLE)):
             if bool((stored == value).all()):
                 return meaning
+    if symmetric:
         rule = "must be 7 (version 1) or 8 (version 2) everywhere in a symmetric weight"
         read.require(False, "qzeros", rule, torch.unique(stored).tolist())
     rule = 'hold z - 1 or z? Give the format: "gptq_v1" or "gptq_v2"'
@@ -321,11 +324,16 @@ def _gptq_version(
 
 
 def half_scales(owner: str, scales: Tensor) -> Tensor:
-    """Return scales in float16, or raise where its range does not hold them."""
+    """Return scales in float16, or raise where that would change the weight."""
     half = scales.to(torch.float16)
-    held = torch.isfinite(half).all() & ((half != 0) == (scales != 0)).all()
-    rule = "must be in the range of float16"
-    require(bool(held), owner, "scales", rule, float(scales.abs().max()))
+    wide = scales.double()
+    off = (half.double() - wide).abs() > HALF_ERROR * wide.abs()  # infinity is far off
+    rule = (
+        'must be in the range of float16: store them as "compressed-tensors", or quantise with '
+        "scale_dtype=torch.float16"
+    )
+    if bool(off.any()):
+        require(False, owner, "scales", rule, float(scales[off][0]))
     return half
 
 

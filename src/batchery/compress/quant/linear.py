@@ -190,10 +190,16 @@ class QuantLinear(nn.Module):
         """Return x `(..., K)` · Wᵀ + bias, `(..., N)`, in x's dtype (autocast's, within it).
 
         Of a gated layer it is silu(gate)·up.
+
+        Raises:
+            ValueError: x has other than K columns.
         """
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
+        # Before columns are chosen: of a wider x there would be enough.
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            require(False, "QuantLinear", "x", f"must be (..., {self.in_features})", tuple(x.shape))
         order = self._buffers["order"]
         if order is not None:
             x = x.index_select(-1, order)

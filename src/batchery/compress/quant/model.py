@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from batchery._core.validate import integer, one_of, require
+from batchery._core.validate import integer, one_of, require, require_type
 from batchery.compress.quant.calibration import (
     BlockCall,
     InputWatch,
@@ -41,10 +41,11 @@ from batchery.compress.quant.calibration import (
     decoder_blocks,
     digest_of,
     ready_to_watch,
+    require_most_inside,
     targets_of,
 )
 from batchery.compress.quant.gptq import GPTQ
-from batchery.compress.quant.kept_blocks import Done, KeptBlocks, LayerReport
+from batchery.compress.quant.kept_blocks import Done, KeptBlocks, LayerReport, model_digests
 from batchery.compress.quant.rtn import quantize_rtn
 from batchery.compress.quant.sparse import prune_quantize_24, quantize_rtn_24
 from batchery.compress.quant.weight import QuantizedWeight, dequantize
@@ -94,7 +95,8 @@ def gptq_quantize_model(
 ) -> QuantizationReport:
     """Quantise the linear layers of a decoder's blocks; their weights are replaced in place.
 
-    What is outside the blocks (embeddings, head) stays as it is. Experts are quantised one by one,
+    What is outside the blocks (embeddings, head) stays as it is; a model with more linear weights
+    there than inside is refused, unless they are excluded. Experts are quantised one by one,
     whether they are modules in a list or the stacked parameters of transformers' `…Experts`; those
     stored transposed must be excluded. After an error or an interruption the blocks that were
     finished are quantised, the others as they were.
@@ -123,8 +125,11 @@ def gptq_quantize_model(
         progress: show a bar.
 
     Raises:
+        TypeError: calibration is one batch or holds lists; `exclude` is one string.
         ValueError: a setting that does not fit a layer; no tokens, or none that reach some layer;
-            inputs that are not finite; a folder of another model, data or settings.
+            a mask that does not fit; inputs that are not finite; nothing to quantise, or only the
+            smaller part of the model; transposed experts; a folder of another model, data or
+            settings, or damaged.
         RuntimeError: the model does not call its blocks one after another.
 
     Example:
@@ -163,6 +168,8 @@ def gptq_quantize_model(
         "sparsity": sparsity,
     }
     blocks, targets_in = _blocks_and_targets(OWNER, model, exclude, group_size)
+    many = not isinstance(calibration, (Tensor, Mapping, str))
+    require_type(many, OWNER, "calibration", "must be an iterable of batches", calibration)
     calls = [call for batch in calibration for call in cut_padding(OWNER, batch)]
     require(bool(calls), OWNER, "calibration", "must hold tokens", "none")
     kept = None
@@ -173,6 +180,7 @@ def gptq_quantize_model(
             "min_expert_tokens": min_expert_tokens,
         }
         settings |= {"scale_dtype": str(scale_dtype), "calibration": digest_of(calls)}
+        settings |= model_digests(model)
         kept = KeptBlocks(OWNER, Path(folder), settings)
     weights: dict[str, QuantizedWeight] = {}
     layers: list[LayerReport] = []
@@ -188,7 +196,7 @@ def gptq_quantize_model(
             if done is None:
                 done = _quantize_block(block, targets, own_calls, states, how, min_expert_tokens)
                 if kept is not None:
-                    kept.save(place, targets, *done)
+                    kept.save(place, *done)
             quantized, reports = done
             weights |= quantized
             for target in targets:
@@ -229,7 +237,9 @@ def rtn_quantize_model(
         Quantised weight by the name of its module.
 
     Raises:
-        ValueError: a setting that does not fit a layer.
+        TypeError: `exclude` is one string.
+        ValueError: a setting that does not fit a layer; nothing to quantise, or only the smaller
+            part of the model; transposed experts.
     """
     how: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "clip_search": clip_search}
     how["scale_dtype"] = scale_dtype
@@ -250,9 +260,16 @@ def _blocks_and_targets(
     owner: str, model: nn.Module, exclude: Sequence[str], group_size: int
 ) -> tuple[nn.ModuleList, list[list[Target]]]:
     """Return the blocks of a model and what to quantise in each."""
-    name, blocks = decoder_blocks(owner, model)
-    found = [targets_of(block, f"{name}.{place}", exclude) for place, block in enumerate(blocks)]
-    for target in (target for targets in found for target in targets):
+    several = not isinstance(exclude, str) and all(isinstance(x, str) for x in exclude)
+    require_type(several, owner, "exclude", "must be a sequence of patterns", exclude)
+    name, blocks = decoder_blocks(owner, model, exclude)
+    found = [
+        targets_of(owner, block, f"{name}.{place}", exclude) for place, block in enumerate(blocks)
+    ]
+    flat = [target for targets in found for target in targets]
+    require(bool(flat), owner, "exclude", f"must leave a layer of {name}", tuple(exclude))
+    require_most_inside(owner, model, name, flat, exclude)
+    for target in flat:
         k = target.weight.shape[1]
         fits = group_size == -1 or (group_size > 0 and k % group_size == 0)
         require(fits, owner, "group_size", f"must divide K = {k} of {target.name}", group_size)

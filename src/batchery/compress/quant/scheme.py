@@ -67,6 +67,7 @@ NAMES = {
     MARLIN_24: (*NAMES_24, "workspace"),
     CT_24: COMPRESSED_24,
 }
+G_IDX = {"gptq": "g_idx", "compressed-tensors": "weight_g_idx"}
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Scheme:
         version: of GPTQ's zeros, 1 or 2; None where the config does not say.
         group_sizes: allowed sizes of groups, -1 for one group a row; empty: any.
         symmetric: no zeros; None where the config does not say.
-        act_order: groups follow the order of activations.
+        act_order: groups follow the order of activations; None where some layers' do.
 
     Example:
         >>> scheme = Scheme.parse({"quant_method": "gptq", "bits": 4, "group_size": 128})
@@ -91,7 +92,7 @@ class Scheme:
     version: Literal[1, 2] | None = None
     group_sizes: tuple[int, ...] = ()
     symmetric: bool | None = None
-    act_order: bool = False
+    act_order: bool | None = False
 
     @classmethod
     def parse(
@@ -129,14 +130,15 @@ class Scheme:
         elif family == "awq":
             kind = str(config.get("version") or stored or "gemm").lower()
             one_of(OWNER, "version", kind, ("gemm",))
+        entries = [config, *(config.get("dynamic") or {}).values()]
         sizes = [config.get("group_size", config.get("q_group_size"))]
-        sizes += [own.get("group_size") for own in (config.get("dynamic") or {}).values()]
+        sizes += [own.get("group_size") for own in entries[1:]]
         scheme = cls(
             family=family,
             version=version,
             group_sizes=tuple(sorted({int(size) for size in sizes if size is not None})),
             symmetric=config.get("sym") if family in ("gptq", MARLIN_24) else None,
-            act_order=bool(config.get("desc_act")),
+            act_order=_common(bool(own["desc_act"]) for own in entries if "desc_act" in own),
         )
         return _checked_24(scheme) if family == MARLIN_24 else scheme
 
@@ -155,7 +157,11 @@ class Scheme:
         if self.family == "awq":
             config |= {"quant_method": "awq", "version": "gemm", "zero_point": True}
             return config | {"modules_to_not_convert": kept or None}
-        config |= {"desc_act": self.act_order, "sym": bool(self.symmetric), "lm_head": lm_head}
+        config |= {
+            "desc_act": bool(self.act_order),
+            "sym": bool(self.symmetric),
+            "lm_head": lm_head,
+        }
         config |= {"true_sequential": True, "pack_dtype": "int32"}
         stored = {None: "marlin", 1: "gptq", 2: "gptq_v2"}[self.version]
         config["checkpoint_format"] = stored
@@ -190,7 +196,19 @@ class Scheme:
         same = not allowed or {qw.group_size, _size(qw)} & set(allowed)
         rule = f"must have groups of {', '.join(map(str, allowed))} columns as the config says"
         require(bool(same), "load_quantized", f"scales of {where}", rule, qw.group_size)
+        self._require_all(tensors, qw, where)
         return qw
+
+    def _require_all(self, tensors: Mapping[str, Tensor], qw: QuantizedWeight, where: str) -> None:
+        """Raise where a tensor that some weights lack is missing, though the config says it is."""
+        needed = {}
+        if self.act_order and qw.scales.shape[1] > 1 and self.family in G_IDX:
+            needed[G_IDX[self.family]] = "act-order"
+        if self.symmetric is False and self.family == "compressed-tensors":
+            needed["weight_zero_point"] = "zeros"
+        for name, kind in needed.items():
+            rule = f"must be there: the config says {kind}"
+            require(name in tensors, "load_quantized", f"{name} of {where}", rule, sorted(tensors))
 
     def write(self, qw: QuantizedWeight) -> dict[str, Tensor]:
         """Return the tensors of a layer, by their name within it.
@@ -234,6 +252,12 @@ def layers_of(names: Iterable[str], family: str) -> dict[str, dict[str, str]]:
     }
 
 
+def _common(values: Iterable[bool]) -> bool | None:
+    """Return the one value of all, None where they differ, False where there are none."""
+    found = set(values) or {False}
+    return found.pop() if len(found) == 1 else None
+
+
 def _size(qw: QuantizedWeight) -> int:
     return -1 if qw.group_size == qw.shape[1] else qw.group_size
 
@@ -261,8 +285,8 @@ def _parse_compressed_tensors(config: Mapping[str, Any]) -> Scheme:
     scheme = Scheme(
         CT_24 if sparse else "compressed-tensors",
         group_sizes=tuple(sorted(sizes)),
-        symmetric=symmetric.pop() if len(symmetric) == 1 else None,
-        act_order=any((group["weights"].get("actorder") == "group") for group in groups.values()),
+        symmetric=_common(symmetric),
+        act_order=_common(group["weights"].get("actorder") == "group" for group in groups.values()),
     )
     if sparse:
         _check_version_24(config.get("version"), sizes)
@@ -273,7 +297,7 @@ def _checked_24(scheme: Scheme) -> Scheme:
     """Return the scheme, or raise where 2:4 MARLIN cannot hold its weights."""
     rule = "must be true: 2:4 MARLIN has no zeros"
     require(scheme.symmetric is not False, OWNER, "symmetric", rule, scheme.symmetric)
-    in_order = not scheme.act_order or scheme.group_sizes == (-1,)
+    in_order = scheme.act_order is False or scheme.group_sizes == (-1,)
     rule = "must be false: 2:4 MARLIN has no act-order"
     require(in_order, OWNER, "act-order", rule, scheme.act_order)
     return scheme

@@ -13,7 +13,8 @@ back a dense model; Trainer and PEFT train adapters (see `lora_for_quantized`).
 Before loading, each linear layer whose words are in the files is replaced by a module of empty
 buffers named as in the files; afterwards each of those becomes a `QuantLinear`. So sharding and
 device maps are transformers' own. Stacked experts become modules first, for files name experts one
-by one. Layers on the disk, or moved in from the CPU, are refused.
+by one. Layers on the disk, or moved in from the CPU, are refused; so are files that lack a linear
+layer of the base model.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from batchery.compress.quant.checkpoint import (
     quantized_state_dict,
     read_layer,
     replace_module,
+    require_one_size,
 )
 from batchery.compress.quant.experts import QuantExperts, layers_in_model
 from batchery.compress.quant.folder import SafetensorsFolder
@@ -125,9 +127,13 @@ def from_pretrained(
     config.quantization_config = {"quant_method": "gptq", **quantization, **FORCED[format]}
     with transformers_enabled():
         place = None if device is None else {"": torch.device(device)}
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            path, config=config, device_map=place
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            path, config=config, device_map=place, output_loading_info=True
         )
+    missing = sorted(found["missing_keys"])
+    rule = "must have all tensors of the model"
+    require(not missing, "load_quantized", f"files in {path.name}", rule, f"no {missing[:3]}")
+    return model
 
 
 class QuantLinearConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -222,6 +228,8 @@ class QuantLinearQuantizer(HfQuantizer):  # type: ignore[misc]
             offloaded = [own for own, tensor in tensors.items() if tensor.is_meta]
             require(not offloaded, OWNER, where, "must not be offloaded", offloaded)
             replace_module(model, name, read_layer(self.scheme, tensors, linear, where))
+        require_one_size(self.scheme, dict(quant_layers(model)), "checkpoint_files")
+        _all_loaded(model)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         # `save_pretrained` leaves a name in the config.
@@ -253,6 +261,20 @@ class QuantLinearQuantizer(HfQuantizer):  # type: ignore[misc]
 
 def _auto() -> Any:
     return import_extra("transformers.quantizers.auto", "hf", OWNER)
+
+
+def _all_loaded(model: Any) -> None:
+    """Raise where a linear layer is not in the files: its words may have been lost.
+
+    New heads on a base model are no loss; transformers reports them.
+    """
+    linears = {n: m for n, m in model.base_model.named_modules() if isinstance(m, nn.Linear)}
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear):
+        linears["output embeddings"] = head
+    # transformers marks what it loads or ties
+    lost = [n for n, m in linears.items() if not getattr(m.weight, "_is_hf_initialized", False)]
+    require(not lost, OWNER, "checkpoint_files", "must have all linear layers", f"no {lost[:3]}")
 
 
 def _whole_experts(model: nn.Module) -> None:

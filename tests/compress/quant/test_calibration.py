@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from torch import nn
+
+from batchery.compress.quant import gptq_quantize_model, rtn_quantize_model
+from batchery.compress.quant.calibration import cut_padding, decoder_blocks, ready_to_watch
+
+HOW = {"group_size": 4, "progress": False}
+
+
+class Stack(nn.Module):
+    def __init__(self, count=2, width=8):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(count))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def quantise(how, model, **given):
+    if how == "rtn":
+        return rtn_quantize_model(model, group_size=4, **given)
+    return gptq_quantize_model(model, [torch.randn(4, 10, 8)], **HOW, **given)
+
+
+both = pytest.mark.parametrize("how", ["rtn", "gptq"])
+
+
+@both
+def test_one_string_is_no_list_of_patterns(how):
+    with pytest.raises(TypeError, match="exclude must be a sequence of patterns, got str"):
+        quantise(how, Stack(), exclude="*.down_proj")
+
+
+@both
+def test_nothing_to_quantise_is_refused(how):
+    with pytest.raises(ValueError, match=r"exclude must leave a layer of blocks, got \('\*',\)"):
+        quantise(how, Stack(), exclude=("*",))
+
+
+IDS = torch.arange(64).view(4, 16)
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (3, 16), (16,), (4, 16, 1), (4, 1, 16, 16)])
+@pytest.mark.parametrize("argument", ["input_ids", "inputs_embeds", "x"])
+def test_a_mask_of_another_shape_is_refused(shape, argument):
+    batch = {argument: torch.rand(4, 16, 2) if argument == "inputs_embeds" else IDS}
+    with pytest.raises(ValueError, match="me: attention_mask must "):
+        cut_padding("me", batch | {"attention_mask": torch.ones(shape)})
+
+
+def test_what_is_no_batch_of_ids_is_refused():
+    with pytest.raises(TypeError, match="input_ids must be a tensor, got list"):
+        cut_padding("me", {"input_ids": [[1, 2], [3, 4]]})
+    with pytest.raises(TypeError, match="attention_mask must be a tensor, got list"):
+        cut_padding("me", {"input_ids": IDS, "attention_mask": [[1] * 16] * 4})
+    with pytest.raises(ValueError, match=r"calibration must hold token ids \(B, T\), got \(16,\)"):
+        cut_padding("me", IDS[0])
+    with pytest.raises(ValueError, match=r"input_ids must hold token ids \(B, T\), got \(16,\)"):
+        cut_padding("me", {"input_ids": IDS[0]})
+    with pytest.raises(TypeError, match="calibration must yield tensors or mappings, got list"):
+        gptq_quantize_model(Stack(), [[1, 2]], **HOW)
+
+
+@pytest.mark.parametrize("batch", [torch.randn(4, 10, 8), {"x": torch.randn(4, 10, 8)}, "text"])
+def test_one_batch_is_no_calibration(batch):
+    kind = type(batch).__name__
+    with pytest.raises(TypeError, match=f"must be an iterable of batches, got {kind}"):
+        gptq_quantize_model(Stack(), batch, **HOW)
+
+
+class Experts(nn.Module):
+    """Stacked experts, their shapes told by whoever makes them."""
+
+    def __init__(self, gate_up, down):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(gate_up))
+        self.down_proj = nn.Parameter(torch.randn(down))
+
+
+class Block(nn.Module):
+    def __init__(self, experts):
+        super().__init__()
+        self.mixer = nn.Linear(8, 8)
+        self.experts = experts
+
+    def forward(self, x):
+        return self.mixer(x)
+
+
+def mixture(transposed, says):
+    shapes = ((2, 8, 24), (2, 12, 8)) if transposed else ((2, 24, 8), (2, 8, 12))
+    if says:
+        shapes = ((2, 8, 8), (2, 8, 8))
+    model = Stack()
+    model.blocks = nn.ModuleList(Block(Experts(*shapes)) for _ in range(2))
+    if says:
+        for block in model.blocks:
+            block.experts.is_transposed = transposed
+    return model
+
+
+@both
+@pytest.mark.parametrize("says", [True, False])
+def test_transposed_experts_must_be_excluded(how, says):
+    model = mixture(True, says)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    rule = r"exclude must hold '\*\.experts\.\*', as blocks\.0\.experts is stored transposed"
+    with pytest.raises(ValueError, match=rule):
+        quantise(how, model)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    quantise(how, model, exclude=("*.experts.*",))
+    stacks = [name for name in before if ".experts." in name]
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in stacks)
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_plain_experts_are_taken(says):
+    assert len(quantise("rtn", mixture(False, says))) == 2 * 5
+
+
+@pytest.mark.parametrize("kind", ["GptOss", "Llama4"])
+def test_transposed_experts_of_transformers_are_known(kind):
+    transformers = pytest.importorskip("transformers")
+    shape = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "num_local_experts": 2,
+    }
+    if kind == "GptOss":
+        model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**shape))
+    else:
+        shape |= {"intermediate_size_mlp": 32}
+        model = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**shape))
+    with pytest.raises(ValueError, match=r"exclude must hold '\*\.experts\.\*', as model\.layers"):
+        rtn_quantize_model(model, group_size=8)
+
+
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(8, 32)
+        self.down = nn.Linear(32, 8)
+
+    def forward(self, x):
+        return self.down(self.up(x))
+
+
+@both
+def test_a_fragment_is_refused(how):
+    model = Stack(3)
+    model.body = nn.ModuleDict({"layers": nn.ModuleList([Wide(), nn.Linear(8, 8)])})
+    with pytest.raises(ValueError, match=r"one list of blocks; .* got '192 in blocks, 576 outside"):
+        quantise(how, model)
+    quantise(how, model, exclude=("body.*",))  # meant so
+
+
+def test_a_list_that_is_excluded_is_not_chosen():
+    model = Stack(3)
+    model.body = nn.ModuleDict({"layers": nn.ModuleList([Wide(), Wide()])})
+    weights = quantise("rtn", model, exclude=("blocks.*",))
+    assert len(weights) == 4
+    assert all(name.startswith("body.layers.") for name in weights)
+
+
+def test_a_smaller_part_that_stays_is_told(caplog):
+    model = Stack(3)
+    quantise("rtn", model)
+    assert not caplog.records
+    model.body = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(8, 8)])})
+    quantise("rtn", model)
+    assert "stay as they are: 192 in blocks, 64 outside it" in caplog.text
+
+
+def test_heads_and_tied_weights_do_not_count():
+    model = Stack(1)
+    model.head = nn.Linear(8, 999)
+    assert len(quantise("rtn", model)) == 1
+    model = Stack(1)
+    model.inner = nn.ModuleDict({"head": nn.Linear(8, 999)})
+    with pytest.raises(ValueError, match="64 in blocks, 7992 outside it"):
+        quantise("rtn", model)
+    model.get_output_embeddings = lambda: model.inner["head"]
+    assert len(quantise("rtn", model)) == 1
+    model = Stack(1)
+    model.again = nn.ModuleDict({str(place): model.blocks[0] for place in range(3)})
+    model.again["own"] = nn.Linear(8, 8)
+    model.again["own"].weight = model.blocks[0].weight
+    assert len(quantise("rtn", model)) == 1
+
+
+@pytest.mark.parametrize("kind", ["Bart", "T5"])
+def test_an_encoder_with_a_decoder_is_refused(kind):
+    transformers = pytest.importorskip("transformers")
+    if kind == "Bart":
+        config = transformers.BartConfig(
+            vocab_size=64,
+            d_model=16,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+        )
+        model = transformers.BartForConditionalGeneration(config)
+    else:
+        config = transformers.T5Config(
+            vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2
+        )
+        model = transformers.T5ForConditionalGeneration(config)
+    with pytest.raises(ValueError, match=r"one list of blocks.* in .*encoder.*, \d+ outside it"):
+        rtn_quantize_model(model, group_size=8)
+
+
+def test_conv1d_is_named():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2)
+    with pytest.raises(ValueError, match=r"linear layers \(Conv1D layers are not taken\)"):
+        decoder_blocks("me", transformers.GPT2LMHeadModel(config))
+
+
+def test_every_module_keeps_its_mode():
+    model = Stack(3).train()
+    model.blocks[1].eval()
+    with ready_to_watch(model):
+        assert not any(module.training for module in model.modules())
+    assert [block.training for block in model.blocks] == [True, False, True]
+    assert model.training
