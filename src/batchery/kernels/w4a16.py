@@ -12,7 +12,8 @@ side of the matrix instruction. Up to 32 rows the scales multiply each group's s
 the instruction sees exact small integers; above, they multiply the weights. The columns of an
 output tile may be split among programs: their float32 sums lie in memory, and the program that
 comes last adds them in order. No float atomics: the same bits in every run. With `batch_invariant`
-a row's result does not depend on how many other rows there are.
+a row's result does not depend on how many other rows there are. Many rows on Hopper have a kernel
+of their own, `w4a16_wide`; `w4a16_plan` chooses.
 
 Reference: Frantar et al., MARLIN, arXiv 2408.11743 (2024). Theirs adds split sums in 16 bits, in an
 order that follows the number of processors, and shuffles weights into fragments by hand.
@@ -35,7 +36,7 @@ from batchery.kernels.w4a16_tiles import launch as launch_tiles
 from batchery.kernels.w4a16_wide import fits
 from batchery.kernels.w4a16_wide import launch as launch_wide
 
-__all__ = ["w4a16_matmul", "w4a16_reference"]
+__all__ = ["check_arguments", "w4a16_matmul", "w4a16_reference"]
 
 Impl = Literal["auto", "torch", "triton"]
 
@@ -89,8 +90,8 @@ def w4a16_matmul(
         and (bias is None or bias.shape == (n,))
         and impl in IMPLS
     )
-    if not fits:
-        _refuse(x, weight, bias, impl)
+    if not fits:  # messages are made only when they are needed
+        check_arguments(OWNER, x, weight.shape, weight.words.device, bias, impl)
     if bias is not None:
         bias = (weave(bias) if weight.gated else bias).to(x.dtype)
     shape = (*x.shape[:-1], n // 2 if weight.gated else n)
@@ -116,16 +117,22 @@ def w4a16_matmul(
     return out if y.data_ptr() == out.data_ptr() else out.copy_(y)
 
 
-def _refuse(x: Tensor, weight: PackedW4, bias: Tensor | None, impl: str) -> None:
-    """Name the argument that does not fit: messages are made only when they are needed."""
-    n, k = weight.shape
-    one_of(OWNER, "impl", impl, IMPLS)
-    require(x.dim() > 0 and x.shape[-1] == k, OWNER, "x", f"must be (..., {k})", tuple(x.shape))
-    require(x.dtype in DTYPES, OWNER, "x", f"must be in {DTYPES}", x.dtype)
-    device = weight.words.device
-    require(x.device == device, OWNER, "x", f"must be on {device}", x.device)
-    shape = None if bias is None else tuple(bias.shape)
-    require(shape in (None, (n,)), OWNER, "bias", f"must be ({n},)", shape)
+def check_arguments(
+    owner: str,
+    x: Tensor,
+    shape: tuple[int, int],
+    device: torch.device,
+    bias: Tensor | None,
+    impl: str,
+) -> None:
+    """Raise, naming the argument that does not fit a weight of this shape on this device."""
+    n, k = shape
+    one_of(owner, "impl", impl, IMPLS)
+    require(x.dim() > 0 and x.shape[-1] == k, owner, "x", f"must be (..., {k})", tuple(x.shape))
+    require(x.dtype in DTYPES, owner, "x", f"must be in {DTYPES}", x.dtype)
+    require(x.device == device, owner, "x", f"must be on {device}", x.device)
+    given = None if bias is None else tuple(bias.shape)
+    require(given in (None, (n,)), owner, "bias", f"must be ({n},)", given)
 
 
 def w4a16_reference(x: Tensor, weight: PackedW4, bias: Tensor | None = None) -> Tensor:

@@ -36,6 +36,7 @@ __all__ = [
     "PackedW4",
     "dequantize_w4",
     "dequantized_slices",
+    "groups_of",
     "lane_columns",
     "pack_w4",
     "weave",
@@ -189,13 +190,8 @@ def weave(rows: Tensor) -> Tensor:
     return torch.stack(rows.chunk(2), 1).flatten(0, 1)
 
 
-def _checked(q: Tensor, scales: Tensor, zeros: Tensor | None, gated: bool) -> tuple[int, int, int]:
-    """Return N, K and the groups of a row, or raise."""
-    owner = "pack_w4"
-    require(q.dtype == torch.uint8, owner, "q", "must be uint8", q.dtype)
-    require(q.dim() == 2 and q.numel() > 0, owner, "q", "must be (N, K)", tuple(q.shape))
-    n, k = q.shape
-    require(bool((q < 16).all()), owner, "q", "must be below 16", int(q.max()))
+def groups_of(owner: str, scales: Tensor, n: int, k: int) -> int:
+    """Return the groups of a row of a weight `(n, k)`, or raise where scales do not fit."""
     fits = scales.dim() == 2 and scales.shape[0] == n and scales.shape[1] > 0
     require(fits, owner, "scales", f"must be ({n}, {k} / G)", tuple(scales.shape))
     require(scales.is_floating_point(), owner, "scales", "must be floating", scales.dtype)
@@ -203,6 +199,17 @@ def _checked(q: Tensor, scales: Tensor, zeros: Tensor | None, gated: bool) -> tu
     require(k % groups == 0, owner, "scales", f"must cut {k} columns into equal groups", groups)
     allowed = groups == 1 or k // groups in GROUPS
     require(allowed, owner, "scales", f"must make groups of K or of {GROUPS} columns", k // groups)
+    return groups
+
+
+def _checked(q: Tensor, scales: Tensor, zeros: Tensor | None, gated: bool) -> tuple[int, int, int]:
+    """Return N, K and the groups of a row, or raise."""
+    owner = "pack_w4"
+    require(q.dtype == torch.uint8, owner, "q", "must be uint8", q.dtype)
+    require(q.dim() == 2 and q.numel() > 0, owner, "q", "must be (N, K)", tuple(q.shape))
+    n, k = q.shape
+    require(bool((q < 16).all()), owner, "q", "must be below 16", int(q.max()))
+    groups = groups_of(owner, scales, n, k)
     if zeros is not None:
         require(zeros.dtype == torch.uint8, owner, "zeros", "must be uint8", zeros.dtype)
         same = zeros.shape == scales.shape

@@ -29,9 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchery._core.validate import one_of, require
+from batchery._core.validate import require
 from batchery.kernels.multi_tensor import on_its_device, processors_of, tl, triton
-from batchery.kernels.w4a16 import DTYPES, IMPLS, Impl
+from batchery.kernels.w4a16 import Impl, check_arguments
 from batchery.kernels.w4a16_plan import best_split
 from batchery.kernels.w4a16_sparse_layout import (
     LANES,
@@ -91,13 +91,7 @@ def w4a16_sparse_matmul(
         tensor([[-7.0000, -3.5000]])
     """
     n, k = weight.shape
-    one_of(OWNER, "impl", impl, IMPLS)
-    require(x.dim() > 0 and x.shape[-1] == k, OWNER, "x", f"must be (..., {k})", tuple(x.shape))
-    require(x.dtype in DTYPES, OWNER, "x", f"must be in {DTYPES}", x.dtype)
-    device = weight.words.device
-    require(x.device == device, OWNER, "x", f"must be on {device}", x.device)
-    fits = bias is None or bias.shape == (n,)
-    require(fits, OWNER, "bias", f"must be ({n},)", None if bias is None else tuple(bias.shape))
+    check_arguments(OWNER, x, weight.shape, weight.words.device, bias, impl)
     bias = None if bias is None else bias.to(x.dtype)
     shape = (*x.shape[:-1], n)
     if out is not None:

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchery._core.validate import require
-from batchery.kernels.w4a16_layout import CHUNK, WIDEST
+from batchery.kernels.w4a16_layout import CHUNK, WIDEST, groups_of
 
 __all__ = [
     "LANES",
@@ -124,14 +124,7 @@ def _checked(q: Tensor, scales: Tensor) -> tuple[int, int, int]:
     require(bool((q < 16).all()), owner, "q", "must be below 16", int(q.max()))
     most = int((q != ZERO).view(n, -1, 4).sum(-1).max())
     require(most <= 2, owner, "q", "must have two of every four columns at 8", 4 - most)
-    fits = scales.dim() == 2 and scales.shape[0] == n and scales.shape[1] > 0
-    require(fits, owner, "scales", f"must be ({n}, {k} / G)", tuple(scales.shape))
-    require(scales.is_floating_point(), owner, "scales", "must be floating", scales.dtype)
-    groups = scales.shape[1]
-    require(k % groups == 0, owner, "scales", f"must cut {k} columns into equal groups", groups)
-    allowed = groups == 1 or k // groups in GROUPS
-    require(allowed, owner, "scales", f"must make groups of K or of {GROUPS} columns", k // groups)
-    return n, k, groups
+    return n, k, groups_of(owner, scales, n, k)
 
 
 def _pack_words(q: Tensor) -> Tensor:
