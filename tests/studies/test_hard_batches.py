@@ -5,14 +5,18 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from batchery.studies.hard_batches import (
     BALANCED_ONLY,
     FEEDS,
     ON_SPEECH,
+    SHIFT,
     STUDY,
     Balanced,
     Pruned,
+    _augmented,
+    _padded,
     versions,
 )
 from batchery.studies.hard_batches_tasks import (
@@ -45,7 +49,7 @@ def test_every_arm_gives_as_many_full_batches_as_it_is_asked_for(arm):
 
 
 def test_pruning_keeps_the_expected_gradient_and_ends_on_everything():
-    feed = Pruned(100, 5, updates=100_000, seed=0)
+    feed = Pruned(torch.zeros(100), 5, updates=100_000, seed=0)
     assert len(list(feed)) == 20
     feed.update(torch.arange(100.0), list(range(100)))
     weight = torch.zeros(100)
@@ -57,12 +61,29 @@ def test_pruning_keeps_the_expected_gradient_and_ends_on_everything():
     lost = 1 - weight[50:].mean() / passes
     assert 0 <= lost < 0.04
     assert weight[:50].mean() / passes == pytest.approx(1 - lost.item(), abs=0.01)
-    ending = Pruned(100, 5, updates=40, seed=0)
+    ending = Pruned(torch.zeros(100), 5, updates=40, seed=0)
     list(ending)
     ending.update(torch.arange(100.0), list(range(100)))
     assert len(list(ending)) < 20
     ending.left = 5
     assert len(list(ending)) == 20
+
+
+def test_augmented_images_are_the_images_moved_and_half_of_them_mirrored():
+    images = torch.randn(40, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    rows = torch.arange(39, -1, -1)
+    generator = torch.Generator().manual_seed(1)
+    share = []
+    for _ in range(20):
+        found = _augmented(_padded(images), rows, generator)
+        ways = []
+        for mirrored in (images, images.flip(3)):
+            room = F.pad(mirrored[rows], (SHIFT,) * 4).unfold(2, 6, 1).unfold(3, 6, 1)
+            ways.append((room.permute(2, 3, 0, 1, 4, 5) == found).flatten(3).all(3))
+        plain, mirrored = ways
+        assert ((plain | mirrored).all(2)).any()  # one shift for all
+        share.append(mirrored.flatten(0, 1).any(0).float().mean())
+    assert torch.stack(share).mean() == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(800))
 
 
 def test_balanced_draws_show_every_class_as_often():

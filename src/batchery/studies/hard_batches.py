@@ -54,6 +54,11 @@ def _network(net: Net, side: int, device: torch.device) -> tuple[nn.Module, Grap
     return model.to(memory_format=torch.channels_last), {}  # type: ignore[call-overload]
 
 
+def _moved(x: Tensor, device: torch.device) -> Tensor:
+    """Copy to a device; the host goes on meanwhile."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
 class Feed(Protocol):
     """What an arm trains on: batches of indices, pass after pass."""
 
@@ -66,6 +71,7 @@ class Balanced:
 
     def __init__(self, labels: Tensor, batch: int, seed: int) -> None:
         """Weigh every example by one over the size of its class."""
+        labels = labels.cpu()
         self.chances = 1.0 / torch.bincount(labels).double()[labels]
         self.batch = batch
         self.generator = new_generator(seed, "balanced")
@@ -86,17 +92,20 @@ class Pruned:
     the last eighth of the updates uses everything.
     """
 
-    def __init__(self, count: int, batch: int, updates: int, seed: int, share: float = 0.5) -> None:
+    def __init__(
+        self, labels: Tensor, batch: int, updates: int, seed: int, share: float = 0.5
+    ) -> None:
         """Know no loss yet, so that the first pass is whole."""
         self.batch, self.share = batch, share
         self.left, self.whole_from = updates, updates // 8
-        self.scores = torch.zeros(count)
-        self.factor = torch.ones(count)
+        self.losses = torch.zeros(len(labels), device=labels.device)
+        self.factor = torch.ones(len(labels))
         self.generator = new_generator(seed, "pruned")
 
     def __iter__(self) -> Iterator[list[int]]:
         """Return the batches of one pass over what is left."""
-        low = self.scores < self.scores.mean()
+        scores = self.losses.cpu()
+        low = scores < scores.mean()
         if self.left <= self.whole_from:
             low.zero_()
         dropped = low & (torch.rand(len(low), generator=self.generator) < self.share)
@@ -108,8 +117,8 @@ class Pruned:
             yield rows.tolist()
 
     def update(self, losses: Tensor, indices: list[int]) -> None:
-        """Take the losses of examples."""
-        self.scores[indices] = losses.cpu()
+        """Take the losses of examples, without a wait for the device."""
+        self.losses[_moved(torch.tensor(indices), losses.device)] = losses
 
     def weights(self, indices: list[int]) -> Tensor:
         """Return the weight of each example in the batch's mean loss."""
@@ -141,9 +150,7 @@ FEEDS: dict[str, Build] = {
     "sample 0.5": _hard(0.5, mode="sample"),
     "sample 0.3": _hard(0.3, mode="sample"),
     "class-balanced": lambda labels, batch, updates, seed: Balanced(labels, batch, seed),
-    "infobatch-like": lambda labels, batch, updates, seed: Pruned(
-        len(labels), batch, updates, seed
-    ),
+    "infobatch-like": Pruned,
     "paper 1.0": _hard(1.0, shuffle_partition=False),
     "paper 0.5": _hard(0.5, shuffle_partition=False),
 }
@@ -164,7 +171,7 @@ def _accuracies(model: nn.Module, task: Task) -> tuple[float, float]:
             norm.reset_running_stats()
             norm.momentum = None  # a plain average
         if norms:
-            for part in torch.split(task.x_train[:8192], 1024):
+            for part in torch.split(task.x_train[:2048], 1024):
                 model(part)
         model.eval()
         right = torch.cat([model(part).argmax(1) for part in torch.split(task.x_test, 2048)])
@@ -183,12 +190,21 @@ def _losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), y, reduction="none")
 
 
-def _augmented(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror half of the images, and move all of them by up to four pixels."""
-    mirrored = torch.rand(len(x), generator=generator).to(x.device) < 0.5
-    x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
-    down, right = torch.randint(9, (2,), generator=generator).tolist()
-    return F.pad(x, (4, 4, 4, 4))[:, :, down : down + 32, right : right + 32]
+SHIFT = 4  # pixels that an image moves by at most
+
+
+def _padded(x: Tensor) -> Tensor:
+    """Return images and, after them, their mirror images, with room to move; made once a run."""
+    return F.pad(torch.cat([x, x.flip(3)]), (SHIFT,) * 4)
+
+
+def _augmented(padded: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
+    """Return images `rows` of `_padded`: half of them mirrored, all moved alike."""
+    side = padded.shape[-1] - 2 * SHIFT
+    mirrored = torch.rand(len(rows), generator=generator) < 0.5
+    down, right = torch.randint(2 * SHIFT + 1, (2,), generator=generator).tolist()
+    rows = _moved(rows + mirrored * (len(padded) // 2), padded.device)
+    return padded[:, :, down : down + side, right : right + side][rows]
 
 
 def _train(
@@ -203,7 +219,9 @@ def _train(
     epoch = len(task.y_train) // size.batch
     updates = epoch * (size.tuning_epochs if tuning else size.epochs)
     every = max(int(epoch / size.evaluations), 1)
-    feed = FEEDS[arm](task.y_train.cpu(), size.batch, updates, seed)
+    augment = size.augment and not paper
+    images = _padded(task.x_train) if augment else task.x_train
+    feed = FEEDS[arm](task.y_train, size.batch, updates, seed)
     report, weigh = getattr(feed, "update", None), getattr(feed, "weights", None)
     decay = 0.0 if paper or not size.augment else 5e-4
     optimizer = torch.optim.SGD(
@@ -213,18 +231,17 @@ def _train(
     curve: list[tuple[float, float]] = []
     stream = itertools.chain.from_iterable(itertools.repeat(feed))
     for step, batch in enumerate(itertools.islice(stream, updates), 1):
-        rows = torch.tensor(batch, device=trial.device)
-        x = task.x_train[rows]
-        if size.augment and not paper:
-            x = _augmented(x, generator)
-        y = task.y_train[rows]
+        rows = torch.tensor(batch)
+        here = _moved(rows, trial.device)
+        x = _augmented(images, rows, generator) if augment else images[here]
+        y = task.y_train[here]
         if x.shape not in graphs:
             fuse = size.net == "resnet18"  # others are too small to be worth compiling
             graphs[x.shape] = captured(model, _losses, x, y, fuse=fuse)
         losses = graphs[x.shape](x, y)
         loss = losses.mean()
         if weigh is not None:
-            loss = (losses * weigh(batch).to(losses.device)).mean()
+            loss = (losses * _moved(weigh(batch), losses.device)).mean()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         if not paper:  # down to zero by updates, whatever the arm calls an epoch
