@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from batchery.studies.tuning import walk
+from batchery.studies.tuning import basin_width, walk
 
 
 @pytest.mark.parametrize("start", [2.0**-9, 2.0**-4, 1.0])
@@ -48,3 +48,44 @@ def test_a_walk_that_only_diverges_ends():
 
     walk(run, 1.0)
     assert len(tried) <= 13
+
+
+@pytest.mark.parametrize(
+    ("losses", "width", "whole"),
+    [
+        ({0.5: 2.4, 1: 2.0, 2: 2.2}, 2**0.25 * 2**0.5, True),  # a quarter and half of the way
+        ({0.25: 2.3, 0.5: 2.05, 1: 2.0, 2: 2.1, 4: 2.3}, 2**1.2 * 2, True),
+        ({1: 2.0, 2: 2.05, 4: math.inf, 0.5: 2.2}, 2 * 2**0.5, True),  # one that diverged adds none
+        ({1: 2.0, 2: 3.0, 4: 2.0, 0.5: 3.0}, 2**0.2, True),  # the other dip is not of this basin
+        ({1: 2.0, 2: 2.05, 0.5: 2.2}, 2 * 2**0.5, False),  # nothing was tried beyond 2
+        ({1: 2.0, 2: 2.2, 0.5: 2.1}, 2 * 2**0.5, False),
+        ({1: 2.0}, 1.0, False),
+    ],
+)
+def test_a_width_is_interpolated_to_where_the_loss_crosses_the_bar(losses, width, whole):
+    found = basin_width(losses, 0.1)
+    assert found == (pytest.approx(width), whole)
+
+
+@pytest.mark.parametrize("scale", [0.01, 7.0])
+def test_a_width_is_the_slopes_of_a_wedge_and_knows_no_unit_of_rates(scale):
+    """Losses linear in the logarithm on either side: interpolation is exact."""
+    tried = {scale * 2.0**k: 2 + (0.03 * k if k > 0 else -0.07 * k) for k in range(-4, 6)}
+    width, whole = basin_width(tried, 0.1)
+    assert whole
+    assert width == pytest.approx(2 ** (0.1 / 0.03 + 0.1 / 0.07))
+
+
+def test_a_basin_of_runs_that_all_diverged_has_no_width():
+    width, whole = basin_width({1.0: math.inf, 2.0: math.inf}, 0.1)
+    assert math.isnan(width)
+    assert whole
+
+
+def test_a_walk_gives_what_its_basin_is_measured_by():
+    found = walk(lambda lr: [0.06 * math.log2(lr) ** 2], 2.0, basin=0.1)
+    tried = {float(lr): loss for lr, (loss,) in found["tried"].items()}
+    width, whole = basin_width(tried, 0.1)
+    low, high = found["basin"][0]
+    assert whole
+    assert high / low < width < 4 * high / low

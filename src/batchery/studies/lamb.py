@@ -3,8 +3,9 @@
 
 Two tasks. A language model on Python's standard-library source, trained on a fixed number of
 samples at growing batches: AdamW, SGD and LAMB, each with the learning rate that suits it at the
-smallest batch, scaled by the square root. A small convolutional network with batch normalisation
-on digits: SGD and LARS, scaled linearly.
+smallest batch, scaled by the square root; the loss at the end, the updates that a target loss took,
+and how far rates at the largest batch may be off. A small convolutional network with batch
+normalisation on digits: SGD and LARS, scaled linearly.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,13 +30,15 @@ from batchery.studies import char, lab
 from batchery.studies.char import CharPerceptron, char_loss, char_text, windows
 from batchery.studies.lab import LabSize
 from batchery.studies.study import SCALES, Comparison, Metric, Outcome, Scale, Study, Trial
-from batchery.studies.tuning import walk
+from batchery.studies.tuning import basin_width, walk
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 TUNING_SEED = 1_000  # apart from the seeds that are judged
 BASIN = 0.1  # nats; a learning rate this close to the best belongs to the basin
+SMOOTHED = 4_096  # samples in the running mean of the training loss, whatever the batch
 
 
 @dataclass(frozen=True)
@@ -45,21 +49,16 @@ class Size:
     samples: int
     batches: tuple[int, ...]
     warmup: float  # share of the steps at the smallest batch; a fifth at the largest
+    target: float  # nats; every optimizer is to reach it at the smallest batch
     epochs: int  # of the digits
     digit_batches: tuple[int, ...]
 
 
+LLAMA = LabSize("lamb", 1024, 3, 8, 4, context=64)
 SIZES: dict[Scale, Size] = {
-    "smoke": Size((8, 32), 4_000, (100, 400), 1 / 20, 1, (64, 512)),
-    "cpu": Size((12, 192), 81_920, (128, 512, 2048), 1 / 80, 12, (64, 512)),
-    "gpu": Size(
-        LabSize("lamb", 1024, 3, 8, 4, context=64),
-        81_920,
-        (64, 512, 4096),
-        1 / 320,
-        30,
-        (64, 512),
-    ),
+    "smoke": Size((8, 32), 4_000, (100, 400), 1 / 20, 4.0, 1, (64, 512)),
+    "cpu": Size((12, 192), 81_920, (128, 512, 2048), 1 / 80, 2.4, 12, (64, 512)),
+    "gpu": Size(LLAMA, 81_920, (64, 512, 4096), 1 / 320, 4.0, 30, (64, 512)),
 }
 MICRO_BATCH = 512  # sequences of the Llama that go through at once
 DIGIT_WARMUP = 1 / 80
@@ -107,8 +106,24 @@ def _schedule(
     return LambdaLR(optimizer, factor)
 
 
-def _train_text(arm: str, lr: float, batch: int, seed: int, trial: Trial) -> float:
-    """Train the language model and return its held-out loss, in nats per character or token."""
+def steps_to_target(losses: Tensor, target: float, window: int) -> float:
+    """Return how many updates it took until a running mean of the loss reached the target.
+
+    Args:
+        losses: of every batch before its update, `(steps,)`, on any device; read once.
+        target: the mean is to be at or below it.
+        window: losses in the mean.
+
+    Returns:
+        The updates made before the last loss of the first such mean; all of them if there is none.
+    """
+    means = losses.double().cpu().unfold(0, window, 1).mean(1)
+    reached = torch.nonzero(means <= target).flatten().tolist()
+    return float(window - 1 + reached[0] if reached else len(losses))
+
+
+def _train_text(arm: str, lr: float, batch: int, seed: int, trial: Trial) -> tuple[float, Tensor]:
+    """Train the language model: its held-out loss, and each batch's before its update, in nats."""
     size = SIZES[trial.scale]
     steps = size.samples // batch
 
@@ -121,7 +136,7 @@ def _train_text(arm: str, lr: float, batch: int, seed: int, trial: Trial) -> flo
         tokens, held_out = _tokens(trial.device)
         llama = copy.deepcopy(_llama(size.model, seed, trial.device))
         rows = lab.batches(tokens, batch, context, seed)
-        lab.train(
+        losses = lab.train(
             llama,
             rows,
             *wire(llama),
@@ -136,14 +151,16 @@ def _train_text(arm: str, lr: float, batch: int, seed: int, trial: Trial) -> flo
         optimizer, schedule = wire(perceptron)
         generator = new_generator(seed, "order")
         examples = windows(char_text()[0], size.samples, perceptron.context, generator)
+        losses = torch.zeros(steps)
         for step in range(steps):
             loss = char_loss(perceptron, examples[step * batch : (step + 1) * batch])
+            losses[step] = loss.detach()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
         final = char.held_out_loss(perceptron)
-    return final if math.isfinite(final) else math.inf
+    return (final if math.isfinite(final) else math.inf), losses
 
 
 @functools.cache
@@ -210,11 +227,12 @@ def _prepare(trial: Trial) -> dict[str, Any]:
         trial.progress(done, len(OPTIMIZERS))
         digits = arm.endswith("-cnn")
         batches = size.digit_batches if digits else size.batches
-        train = _train_digits if digits else _train_text
         rule: Literal["linear", "sqrt"] = "linear" if digits else "sqrt"
 
-        def run(lr: float, batch: int, arm: str = arm, train: Any = train) -> list[float]:
-            return [train(arm, lr, batch, TUNING_SEED, trial)]
+        def run(lr: float, batch: int, arm: str = arm, digits: bool = digits) -> list[float]:
+            if digits:
+                return [_train_digits(arm, lr, batch, TUNING_SEED, trial)]
+            return [_train_text(arm, lr, batch, TUNING_SEED, trial)[0]]
 
         if trial.scale == "smoke":  # nothing is judged, so nothing is tuned
             chosen[arm] = {"base": {"lr": [start]}, "large": {"lr": [start * 2]}}
@@ -223,23 +241,32 @@ def _prepare(trial: Trial) -> dict[str, Any]:
         scaled = scale_lr(at_base["lr"][0], batches[-1], batches[0], rule)
         basin = 0.0 if digits else BASIN
         at_large = walk(functools.partial(run, batch=batches[-1]), scaled, basin=basin)
+        if not digits:
+            tried = {float(lr): loss for lr, (loss,) in at_large["tried"].items()}
+            at_large["width"], at_large["width_is_whole"] = basin_width(tried, BASIN)
         chosen[arm] = {"base": at_base, "large": at_large}
     return chosen
 
 
 def _text_arm(arm: str) -> Callable[[Trial], Outcome]:
     def run(trial: Trial) -> Outcome:
-        batches = SIZES[trial.scale].batches
+        size = SIZES[trial.scale]
+        batches, large = size.batches, trial.prepared[arm]["large"]
         base = trial.prepared[arm]["base"]["lr"][0]
-        curve = []
+        curve, updates = [], []
         for done, batch in enumerate(batches):
             trial.progress(done, len(batches) + 1)
             lr = scale_lr(base, batch, batches[0], "sqrt")
-            curve.append(_train_text(arm, lr, batch, trial.seed, trial))
-        retuned = trial.prepared[arm]["large"]["lr"][0]
-        best = _train_text(arm, retuned, batches[-1], trial.seed, trial)
+            final, losses = _train_text(arm, lr, batch, trial.seed, trial)
+            curve.append(final)
+            updates.append(steps_to_target(losses, size.target, max(1, SMOOTHED // batch)))
+        best, _ = _train_text(arm, large["lr"][0], batches[-1], trial.seed, trial)
         metrics = {"loss_large": curve[-1], "loss_base": curve[0], "loss_retuned": best}
-        return Outcome(metrics, {"loss": curve, "batch": [float(b) for b in batches]})
+        metrics |= {"steps_large": updates[-1], "steps_base": updates[0]}
+        if "width" in large:  # nothing was tuned at scale smoke
+            metrics["basin"] = large["width"]
+        series = {"loss": curve, "steps": updates, "batch": [float(b) for b in batches]}
+        return Outcome(metrics, series)
 
     return run
 
@@ -262,27 +289,54 @@ def _digit_arm(arm: str) -> Callable[[Trial], Outcome]:
 
 
 def _draw(figure: Figure, result: dict[str, Any]) -> None:
-    curves, basins = figure.subplots(1, 2)
-    prepared = result["prepared"]["value"]
+    figure.set_size_inches(7.2, 3.4)
+    curves, steps, basins = figure.subplots(1, 3)
+    size = SIZES[result["scale"]]
     for color, arm in enumerate(a for a in result["arms"] if "loss_large" in a["summary"]):
         series = [run["series"] for run in arm["runs"]]
         for row in series:
-            known = [
-                (b, y) for b, y in zip(row["batch"], row["loss"], strict=True) if y is not None
-            ]
-            curves.plot(*zip(*known, strict=True), "o-", color=f"C{color}", alpha=0.35)
+            curves.plot(row["batch"], row["loss"], "o-", color=f"C{color}", alpha=0.35)
         curves.plot([], [], "o-", color=f"C{color}", label=arm["name"])
-        tried = prepared[arm["name"]]["large"].get("tried", {})
-        rates = [(float(lr), loss) for lr, (loss,) in tried.items() if loss is not None]
-        if rates:
-            best = min(rates, key=lambda pair: pair[1])[0]
-            points = [(lr / best, loss) for lr, loss in rates]
-            basins.plot(*zip(*points, strict=True), "o-", color=f"C{color}", label=arm["name"])
-    curves.set_xscale("log", base=2)
+        _draw_steps(steps, series, size, f"C{color}")
+        _draw_basin(basins, result["prepared"]["value"][arm["name"]]["large"], f"C{color}")
+    budget = [size.samples // batch for batch in size.batches]
+    steps.plot(size.batches, budget, ":", color="0.4", label="budget (x: target not reached)")
+    steps.plot([], [], "--", color="0.4", label="perfect scaling")
+    steps.set_yscale("log", base=2)
+    basins.axhline(BASIN, color="0.4", linewidth=0.8)
+    basins.set_ylim(-0.02, 10 * BASIN)
     curves.set(xlabel="batch", ylabel="held-out loss (nats)")
-    curves.legend()
-    basins.set_xscale("log", base=2)
-    basins.set_xlabel("learning rate over the best, largest batch")
+    steps.set(xlabel="batch", ylabel=f"updates to a training loss of {size.target:g}")
+    basins.set(xlabel="lr over the best, largest batch", ylabel="loss over the best (nats)")
+    for axes in (curves, steps, basins):
+        axes.set_xscale("log", base=2)
+    if basins.get_legend_handles_labels()[0]:
+        basins.legend(title=f"width at {BASIN:g} nats")
+    handles = [*curves.get_legend_handles_labels()[0], *steps.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+
+
+def _draw_steps(axes: Axes, series: list[dict[str, Any]], size: Size, color: str) -> None:
+    """Draw the updates to the target of an arm's runs, and the perfect scaling of their mean."""
+    for row in series:
+        axes.plot(row["batch"], row["steps"], "-", color=color, alpha=0.35)
+        for batch, count in zip(row["batch"], row["steps"], strict=True):
+            mark = "o" if count < size.samples // int(batch) else "x"
+            axes.plot(batch, count, mark, color=color, alpha=0.35)
+    mean = statistics.fmean(row["steps"][0] for row in series)
+    perfect = [mean * size.batches[0] / batch for batch in size.batches]
+    axes.plot(size.batches, perfect, "--", color=color, linewidth=0.8)
+
+
+def _draw_basin(axes: Axes, found: dict[str, Any], color: str) -> None:
+    """Draw the loss of the rates tried at the largest batch; the width stands in the legend."""
+    rates = [(float(lr), loss) for lr, (loss,) in found.get("tried", {}).items()]
+    known = [(lr, loss) for lr, loss in rates if loss is not None and math.isfinite(loss)]
+    if known:
+        best, least = min(known, key=lambda pair: pair[1])
+        points = [(lr / best, loss - least) for lr, loss in known]
+        label = f"{'' if found['width_is_whole'] else '≥ '}{found['width']:.1f} ×"
+        axes.plot(*zip(*points, strict=True), "o-", color=color, label=label)
 
 
 STUDY = Study(
@@ -297,6 +351,12 @@ STUDY = Study(
         "rate is found at the smallest batch by the same walk in factors of two, on a seed that is "
         "not judged, then scaled by the square root of the batch (text) or linearly (digits), with "
         "linear-epoch warm-up and linear decay; 'retuned' repeats the walk at the largest batch. "
+        "Basin: over which factor rates of that walk, on its one seed, lose at most 0.1 nats more "
+        "than the best, interpolated (the figure marks a lower bound by ≥). Updates to target: at "
+        "the fixed rule's rates, until the mean loss of the last 4,096 samples, each before its "
+        "update, is at most 2.4 nats (cpu) or 4.0 (gpu); all of the budget's if it never is. It "
+        "estimates the loss on new text like the training part's, not the held-out part's; at gpu "
+        "the last third of the samples is a second pass. "
         "Text: Python's standard-library source, a tenth held out; a perceptron over 12 characters "
         "(cpu), or a Llama of 37 M parameters over 64 tokens, without gradient clipping (gpu). "
         "Digits: a small network with batch normalisation. Decay and adaptation leave out biases "
@@ -313,6 +373,9 @@ STUDY = Study(
         Metric("loss_large", "loss, largest batch", "lower", "nats"),
         Metric("loss_base", "loss, smallest batch", "lower", "nats"),
         Metric("loss_retuned", "loss, largest batch, retuned", "lower", "nats"),
+        Metric("steps_large", "updates to target, largest batch", "lower", "", 0),
+        Metric("steps_base", "updates to target, smallest batch", "lower", "", 0),
+        Metric("basin", "lr basin, largest batch, tuning seed", "higher", "factor", 1),
         Metric("error_large", "error, large batch", "lower", "%", 2),
         Metric("error_base", "error, small batch", "lower", "%", 2),
         Metric("error_retuned", "error, large batch, retuned", "lower", "%", 2),
@@ -324,6 +387,9 @@ STUDY = Study(
         Comparison("lamb", "adamw", "loss_base", claim=False),
         Comparison("lars-cnn", "sgd-cnn", "error_retuned", claim=False),
         Comparison("lamb", "sgd", "loss_large", claim=False),
+        Comparison("lamb", "adamw", "steps_large", claim=False),
+        Comparison("lamb", "adamw", "steps_base", claim=False),
+        # None on the basin: measured on one seed, it has no spread to judge it by.
     ),
     seeds={"smoke": 1, "cpu": 5, "gpu": 3},
     data=dict.fromkeys(SCALES, ("stdlib-text", "digits")),

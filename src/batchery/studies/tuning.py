@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one rule by which studies tune a learning rate, for every arm alike."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 _MOST_RATES = 12
@@ -49,3 +51,39 @@ def walk(
         "basin": [[start * 2.0**low, start * 2.0**high] for low, high in ends],
         "tried": {f"{start * 2.0**place:g}": found[place] for place in sorted(found)},
     }
+
+
+def basin_width(losses: Mapping[float, float], basin: float) -> tuple[float, bool]:
+    """Return the factor over which learning rates keep the loss within `basin` of its best.
+
+    From the best rate outwards, to where the loss first crosses the bar on either side; between
+    two rates it is linear in the logarithm of the rate, and a run that diverged adds nothing.
+
+    Args:
+        losses: rate → loss, infinity for a run that diverged, as `walk` tried them.
+        basin: in the loss's unit.
+
+    Returns:
+        The factor, NaN when every run diverged; and whether the loss crosses the bar on both sides:
+        if not, the factor is a lower bound.
+
+    Example:
+        >>> basin_width({0.25: 3.0, 1.0: 2.0, 4.0: 3.0}, 0.5)
+        (4.0, True)
+    """
+    rates = sorted(losses)
+    best = min(rates, key=losses.__getitem__)
+    if math.isinf(losses[best]):
+        return math.nan, True
+    bar = losses[best] + basin
+
+    def end(path: list[float]) -> tuple[float, bool]:
+        for inside, outside in pairwise(path):
+            if losses[outside] > bar:
+                share = (bar - losses[inside]) / (losses[outside] - losses[inside])
+                return inside * (outside / inside) ** share, True
+        return path[-1], False
+
+    place = rates.index(best)
+    (low, low_found), (high, high_found) = end(rates[place::-1]), end(rates[place:])
+    return high / low, low_found and high_found
