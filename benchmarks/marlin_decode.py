@@ -4,7 +4,8 @@
 One step for a batch of sequences that each have a full cache of keys and values: everything that a
 decoder does, compiled, in one CUDA graph. Both arms hold the same numbers, the dense one those of
 the four-bit weights; their logits after two layers are compared before anything is timed (after 32
-random ones what bfloat16 rounds has grown). Embedding and head stay in bfloat16 in both.
+random ones what bfloat16 rounds has grown). Embedding and head stay in bfloat16 in both, and each
+arm takes the faster of torch's two kernels of attention.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from batchery.compress.quant import dequantize, pack, quantize_rtn
 from batchery.kernels.w4a16 import w4a16_matmul
@@ -27,6 +29,7 @@ from batchery.studies.harness import environment
 
 BATCHES = (1, 8, 16, 32, 64)
 AIMS = {1: 2.3, 8: 2.3, 16: 2.3, 32: 1.8, 64: 1.3}  # of the specification: W4 over bfloat16
+ATTENTION = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
 ALIKE = 0.02  # relative difference of logits that bfloat16 may make in two layers
 
 
@@ -58,10 +61,9 @@ class Layer(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values `(layers, B, kv_heads, T, head)`, and where the next ones go."""
+    """Keys and values `(layers, 2, B, kv_heads, T, head)`, and where the next ones go."""
 
-    keys: Tensor
-    values: Tensor
+    pairs: Tensor
     place: Tensor
     turn: Tensor
 
@@ -84,22 +86,25 @@ def rotated(x: Tensor, turn: Tensor) -> Tensor:
 
 
 def layer_step(
-    h: Tensor, layer: Layer, keys: Tensor, values: Tensor, place: Tensor, turn: Tensor
-) -> Tensor:
-    """Bring hidden states `(B, hidden)` through a layer; the cache takes the new token."""
+    h: Tensor, update: Tensor, layer: Layer, pairs: Tensor, place: Tensor, turn: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Bring hidden states `(B, hidden)` through a layer; the cache takes the new token.
+
+    What a layer adds to its input is the next one's to add: in one kernel with its norm.
+    """
+    h = h + update
     batch, hidden = h.shape
-    _, kv_heads, _, head = keys.shape
+    _, _, kv_heads, _, head = pairs.shape
     x = F.rms_norm(h, (hidden,), layer.norms[0], 1e-5)
     heads = product(x, layer.qkv).view(batch, -1, head)
     q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
-    keys.index_copy_(2, place, rotated(k, turn)[:, :, None])
-    values.index_copy_(2, place, v[:, :, None])
+    pairs.index_copy_(3, place, torch.stack([rotated(k, turn), v])[:, :, :, None])
     # Queries that share keys stand as rows of one head; all see the whole cache.
     q = rotated(q, turn).reshape(batch, kv_heads, -1, head)
-    y = F.scaled_dot_product_attention(q, keys, values).reshape(batch, -1)
+    y = F.scaled_dot_product_attention(q, pairs[0], pairs[1]).reshape(batch, -1)
     h = h + product(y, layer.out)
     x = F.rms_norm(h, (hidden,), layer.norms[1], 1e-5)
-    return h + product(gated(x, layer.gate_up), layer.down)
+    return h, product(gated(x, layer.gate_up), layer.down)
 
 
 class Model:
@@ -109,12 +114,13 @@ class Model:
         """Keep the weights."""
         self.layers, self.embedding, self.head = layers, embedding, head
 
-    def logits(self, tokens: Tensor, cache: Cache, step: Callable[..., Tensor]) -> Tensor:
+    def logits(self, tokens: Tensor, cache: Cache, step: Callable[..., Any]) -> Tensor:
         """Return `(B, vocabulary)` for the tokens `(B,)` that follow the cache."""
         h = self.embedding[tokens]
-        for place, layer in enumerate(self.layers):
-            h = step(h, layer, cache.keys[place], cache.values[place], cache.place, cache.turn)
-        return F.linear(F.rms_norm(h, h.shape[-1:], eps=1e-5), self.head)
+        update = torch.zeros_like(h)
+        for pairs, layer in zip(cache.pairs, self.layers, strict=True):
+            h, update = step(h, update, layer, pairs, cache.place, cache.turn)
+        return F.linear(F.rms_norm(h + update, h.shape[-1:], eps=1e-5), self.head)
 
 
 def build(size: Size, device: torch.device) -> dict[str, Model]:
@@ -149,15 +155,12 @@ def build(size: Size, device: torch.device) -> dict[str, Model]:
 
 def new_cache(size: Size, batch: int, context: int, device: torch.device) -> Cache:
     generator = torch.Generator(device).manual_seed(1)
-    shape = (size.layers, batch, size.kv_heads, context, size.head)
-    keys, values = (
-        torch.randn(shape, device=device, dtype=torch.bfloat16, generator=generator)
-        for _ in range(2)
-    )
+    shape = (size.layers, 2, batch, size.kv_heads, context, size.head)
+    pairs = torch.randn(shape, device=device, dtype=torch.bfloat16, generator=generator)
     place = torch.tensor([context - 1], device=device)
     rates = 500_000 ** -(torch.arange(0, size.head, 2, device=device) / size.head)
     angles = (place * rates).repeat(2)
-    return Cache(keys, values, place, torch.stack([angles.cos(), angles.sin()]).bfloat16())
+    return Cache(pairs, place, torch.stack([angles.cos(), angles.sin()]).bfloat16())
 
 
 def seconds_per_step(model: Model, tokens: Tensor, cache: Cache, steps: int) -> float:
@@ -195,7 +198,8 @@ def compare(
     size: Size, batches: list[int], context: int, steps: int, device: torch.device
 ) -> dict[str, Any]:
     models = build(size, device)
-    found: dict[str, Any] = {"size": asdict(size), "context": context, "tokens_per_s": {}}
+    found: dict[str, Any] = {"size": asdict(size), "context": context, "attention": {}}
+    found["tokens_per_s"] = {}
     first = torch.arange(4, device=device)
     short = replace(size, layers=2)
     logits = {
@@ -212,10 +216,15 @@ def compare(
     for batch in batches:
         cache = new_cache(size, batch, context, device)
         tokens = torch.arange(batch, device=device)
-        rates = {
-            name: batch / seconds_per_step(model, tokens.clone(), cache, steps)
-            for name, model in models.items()
-        }
+        rates = {}
+        for name, model in models.items():
+            times = {}
+            for kind in ATTENTION:
+                with sdpa_kernel([kind, SDPBackend.MATH]):  # the latter where there is no other
+                    times[kind.name] = seconds_per_step(model, tokens.clone(), cache, steps)
+            fastest = min(times, key=lambda kind: times[kind])
+            rates[name] = batch / times[fastest]
+            found["attention"].setdefault(name, {})[str(batch)] = fastest
         found["tokens_per_s"][str(batch)] = rates
         line = f"batch {batch:3d}: " + ", ".join(f"{n} {r:,.0f}" for n, r in rates.items())
         aim = f" (aim {AIMS[batch]})" if batch in AIMS and size == SIZES["8B"] else ""

@@ -338,7 +338,8 @@ def test_forcing_the_kernels_where_they_cannot_run_raises():
         ((1027, 1024, 128), torch.bfloat16),
         ((2048, 4096, 32), torch.bfloat16),
         ((512, 1088, 1088), torch.float16),
-        ((25472, 256, 128), torch.float16),  # more tiles than processors hold
+        ((25472, 256, 128), torch.float16),  # as many tiles as an H100 holds at once
+        ((34048, 256, 128), torch.float16),  # more
     ],
 )
 def test_every_batch_on_the_gpu(shape, dtype):

@@ -42,7 +42,8 @@ NARROW: tuple[Plan, ...] = (
     (64, Tile(64, 64, stages=3, scale_weights=True), 2, 6, 0),
     *TILES[4:],
 )
-# Where tiles of 64 rows of W are three for each processor or more.
+# Where tiles of 64 rows of W are more than four for each processor; where they are three or four,
+# and all at work at once, the tile of 16 rows of x does for fewer.
 TALL: tuple[Plan, ...] = ((8, Tile(8, 64, stages=3), 4, 1, 0.75), *TILES[1:])
 INVARIANT = (2, 3, 0)
 MOST_SPLIT = 16
@@ -91,10 +92,13 @@ def plan_tiles(
         processors: of the device.
         invariant: let nothing depend on `batch` but the tile's width.
     """
+    chunks = rows // CHUNK
     if rows // WIDEST * 8 <= processors * 3:
         plans = NARROW
+    elif chunks < processors * 3:
+        plans = TILES
     else:
-        plans = TALL if rows // CHUNK >= processors * 3 else TILES
+        plans = TALL if chunks > processors * 4 else TILES[1:]
     _, tile, held, lost, added = next((entry for entry in plans if batch <= entry[0]), plans[-1])
     if invariant:
         width = max(16, min(INVARIANT_BATCH, triton.next_power_of_2(batch)))
