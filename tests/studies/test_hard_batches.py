@@ -8,9 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from batchery.studies.hard_batches import (
-    BALANCED_ONLY,
     FEEDS,
-    ON_SPEECH,
     SHIFT,
     STUDY,
     Balanced,
@@ -150,4 +148,3 @@ def test_comparisons_name_arms_that_are_trained_on_their_task_at_every_scale():
             assert task in SIZES[scale]
             for arm in (comparison.arm, comparison.baseline):
                 assert version in versions(arm, task, scale)
-    assert not set(BALANCED_ONLY) & set(ON_SPEECH)

@@ -58,7 +58,7 @@ SIZES: dict[Scale, dict[str, Size]] = {
         SPOKEN: _RECORDINGS,
     },
     "gpu": {
-        "": Size("cifar10", "resnet18", 512, 30, 333, 85.0, 0.1, 1, 3, 1 / 3, True),
+        "": Size("cifar10", "resnet18", 512, 30, 333, 85.0, 0.025, 1, 3, 1 / 3, True),
         SPOKEN: _RECORDINGS,
     },
 }
