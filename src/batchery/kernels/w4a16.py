@@ -20,7 +20,6 @@ order that follows the number of processors, and shuffles weights into fragments
 """
 
 import warnings
-from functools import cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -36,7 +35,7 @@ from batchery.kernels.w4a16_tiles import launch as launch_tiles
 from batchery.kernels.w4a16_wide import fits
 from batchery.kernels.w4a16_wide import launch as launch_wide
 
-__all__ = ["check_arguments", "w4a16_matmul", "w4a16_reference"]
+__all__ = ["by_triton", "check_arguments", "w4a16_matmul", "w4a16_reference"]
 
 Impl = Literal["auto", "torch", "triton"]
 
@@ -100,7 +99,7 @@ def w4a16_matmul(
         require(fits, OWNER, "out", f"must be {shape}, dense, {x.dtype}", tuple(out.shape))
     rows = x if x.dim() == 2 else x.reshape(-1, k)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    kernel = _by_triton(x, impl)
+    kernel = by_triton(OWNER, x, impl)
     wants_grad = x.requires_grad or (bias is not None and bias.requires_grad)
     if wants_grad and torch.is_grad_enabled():
         y = _operation(rows, weight, bias, False, batch_invariant, kernel)
@@ -155,21 +154,23 @@ def _join(y: Tensor) -> Tensor:
     return F.silu(y[:, 0::2]) * y[:, 1::2]
 
 
-def _by_triton(x: Tensor, impl: Impl) -> bool:
-    """Say whether the kernels run, or raise if they must and cannot."""
-    can = triton is not None and x.is_cuda and x.dtype in HALVES and _modern(x.device)
+def by_triton(owner: str, x: Tensor, impl: Impl) -> bool:
+    """Say whether four-bit kernels run on x, or raise if they must and cannot."""
+    can = triton is not None and x.is_cuda and x.dtype in HALVES and _modern(owner, x.device)
     if impl == "triton" and not can:
         what = "Triton is not installed" if triton is None else "no kernel"
-        raise RuntimeError(f"{OWNER}: {what} for {x.dtype} on {x.device}")
+        raise RuntimeError(f"{owner}: {what} for {x.dtype} on {x.device}")
     return can and impl != "torch"
 
 
-@cache
-def _modern(device: torch.device) -> bool:
-    """Say whether the device has the kernels' instructions; warn once if not."""
+def _modern(owner: str, device: torch.device) -> bool:
+    """Say whether the device has the kernels' instructions; warn if not.
+
+    Not cached: torch.compile warns of caches that it looks through.
+    """
     modern = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     if not modern:
-        warnings.warn(f"{OWNER}: {device} is too old for the kernels: dequantising", stacklevel=4)
+        warnings.warn(f"{owner}: {device} is too old for the kernels: dequantising", stacklevel=4)
     return modern
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from batchery._core.validate import require
 from batchery.kernels.multi_tensor import on_its_device, processors_of, tl, triton
-from batchery.kernels.w4a16 import Impl, check_arguments
+from batchery.kernels.w4a16 import Impl, by_triton, check_arguments
 from batchery.kernels.w4a16_plan import best_split
 from batchery.kernels.w4a16_sparse_layout import (
     LANES,
@@ -98,7 +98,9 @@ def w4a16_sparse_matmul(
         fits = out.shape == shape and out.dtype == x.dtype and out.is_contiguous()
         require(fits, OWNER, "out", f"must be {shape}, dense, {x.dtype}", tuple(out.shape))
     rows = x.reshape(-1, k)
-    if not _by_kernel(rows, bias, impl):
+    learns = x.requires_grad or (bias is not None and bias.requires_grad)
+    few = len(rows) <= MOST_BATCH and not (learns and torch.is_grad_enabled())
+    if not (by_triton(OWNER, rows, impl) and (few or impl == "triton")):
         y = F.linear(rows, dequantize_sparse_w4(weight, x.dtype), bias).view(shape)
         return y if out is None else out.copy_(y)
     y = rows.new_empty(len(rows), n) if out is None else out.view(-1, n)
@@ -109,23 +111,6 @@ def w4a16_sparse_matmul(
             part = arrange(part, units) if arranged else part
             launch(part, weight, tile, split, arranged=arranged, bias=bias, out=place)
     return y.view(shape) if out is None else out
-
-
-def _by_kernel(rows: Tensor, bias: Tensor | None, impl: Impl) -> bool:
-    can = triton is not None and rows.is_cuda and rows.dtype != torch.float32
-    can = can and (torch.version.hip is not None or _has_bfloat16(rows.device))
-    if impl == "triton" and not can:
-        what = "Triton is not installed" if triton is None else "no kernel"
-        raise RuntimeError(f"{OWNER}: {what} for {rows.dtype} on {rows.device}")
-    learns = rows.requires_grad or (bias is not None and bias.requires_grad)
-    fits = len(rows) <= MOST_BATCH and not (learns and torch.is_grad_enabled())
-    return can and (impl == "triton" or (impl == "auto" and fits))
-
-
-@lru_cache
-def _has_bfloat16(device: torch.device) -> bool:
-    """Say whether the device has the kernel's instructions."""
-    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @lru_cache(maxsize=4096)

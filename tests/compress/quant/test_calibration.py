@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -6,7 +8,7 @@ from torch import nn
 from batchery.compress.quant import gptq_quantize_model, rtn_quantize_model
 from batchery.compress.quant.calibration import cut_padding, decoder_blocks, ready_to_watch
 
-HOW = {"group_size": 4, "progress": False}
+HOW = {"group_size": -1, "progress": False}
 
 
 class Stack(nn.Module):
@@ -22,7 +24,7 @@ class Stack(nn.Module):
 
 def quantise(how, model, **given):
     if how == "rtn":
-        return rtn_quantize_model(model, group_size=4, **given)
+        return rtn_quantize_model(model, group_size=-1, **given)
     return gptq_quantize_model(model, [torch.randn(4, 10, 8)], **HOW, **given)
 
 
@@ -141,7 +143,7 @@ def test_transposed_experts_of_transformers_are_known(kind):
         shape |= {"intermediate_size_mlp": 32}
         model = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**shape))
     with pytest.raises(ValueError, match=r"exclude must hold '\*\.experts\.\*', as model\.layers"):
-        rtn_quantize_model(model, group_size=8)
+        rtn_quantize_model(model, group_size=-1)
 
 
 class Wide(nn.Module):
@@ -218,7 +220,7 @@ def test_an_encoder_with_a_decoder_is_refused(kind):
         )
         model = transformers.T5ForConditionalGeneration(config)
     with pytest.raises(ValueError, match=r"one list of blocks.* in .*encoder.*, \d+ outside it"):
-        rtn_quantize_model(model, group_size=8)
+        rtn_quantize_model(model, group_size=-1)
 
 
 def test_conv1d_is_named():
@@ -235,3 +237,32 @@ def test_every_module_keeps_its_mode():
         assert not any(module.training for module in model.modules())
     assert [block.training for block in model.blocks] == [True, False, True]
     assert model.training
+
+
+class Remembering(nn.Linear):
+    """A block that adds up all that it and those before it have seen, if a cache is given."""
+
+    def forward(self, x, past_key_values=None):
+        if past_key_values is not None:
+            past_key_values.append(x)
+            x = sum(past_key_values)
+        return x + super().forward(x)
+
+
+class Caching(Stack):
+    def forward(self, x):
+        cache = []
+        for block in self.blocks:
+            x = block(x, past_key_values=cache)
+        return x
+
+
+def test_caches_of_one_run_are_not_those_of_the_next():
+    x, reports = torch.randn(4, 10, 8), []
+    blocks = nn.ModuleList(Remembering(8, 8) for _ in range(3))
+    for kind in (Stack, Caching):
+        model = kind()
+        model.blocks = copy.deepcopy(blocks)
+        reports.append(gptq_quantize_model(model, [x], **HOW).layers)
+    plain, cached = ([(layer.error, layer.rtn_error) for layer in own] for own in reports)
+    assert plain == cached

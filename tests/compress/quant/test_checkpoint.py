@@ -183,10 +183,15 @@ def test_a_model_on_meta_is_filled_and_tied_again(tmp_path):
     save_quantized(model, tmp_path)
     with torch.device("meta"):
         empty = Net()
+    rule = r"into must have no buffers on the meta device that are not saved, got \['scratch'\]"
+    with pytest.raises(ValueError, match=f"load_quantized: {rule}"):
+        load_quantized(tmp_path, into=empty)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    empty.scratch = torch.ones(3)
     loaded = load_quantized(tmp_path, into=empty)
     assert loaded.head.weight is loaded.embed.weight
     assert torch.equal(loaded(TOKENS), model(TOKENS))
-    assert loaded.scratch.is_meta  # not stored: left to its owner
+    assert torch.equal(loaded.scratch, torch.ones(3))
 
 
 def by_hand(tmp_path, packed, config, **more):
@@ -302,13 +307,63 @@ FILE = "in model.safetensors"
         ("block.up.bias", lambda t: t[:7], f"bias of block.up {FILE} must be"),
         ("block.up.bias", lambda t: t[:0], f"bias of block.up {FILE} must be"),
         ("norm.weight", lambda t: t[:0], "must have all tensors of the model, got 'no norm.weight"),
-        ("norm.weight", lambda t: t[:5], "size mismatch for norm.weight"),
+        ("norm.weight", lambda t: t[:5], r"norm.weight in files in .* must be \(64,\), got \(5,\)"),
     ],
 )
-def test_a_tensor_that_does_not_fit_is_named(folder, name, change, message):
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_tensor_that_does_not_fit_is_named_and_nothing_changed(
+    folder, name, change, message, device
+):
     tampered(folder, name, change)
-    with pytest.raises((ValueError, RuntimeError), match=message):
-        load_quantized(folder, into=seeded())
+    model = seeded(1).to(device)
+    model.scratch = torch.zeros(3)
+    before = parts(model)
+    with pytest.raises(ValueError, match=message):
+        load_quantized(folder, into=model)
+    assert_same_parts(parts(model), before)
+
+
+def parts(model):
+    """All modules and tensors of a model by name, and the values of the tensors."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    values = {name: tensor.detach().clone() for name, tensor in tensors}
+    return dict(model.named_modules()), dict(tensors), values
+
+
+def assert_same_parts(found, before):
+    for own, old in zip(found[:2], before[:2], strict=True):
+        assert own.keys() == old.keys()
+        assert all(own[name] is old[name] for name in old)
+    assert all(t.is_meta or torch.equal(t, before[2][name]) for name, t in found[2].items())
+
+
+@pytest.mark.parametrize("place", ["_load_rest", "read_layer", "replace_module"])
+def test_an_interruption_changes_nothing(folder, place, monkeypatch):
+    from batchery.compress.quant import checkpoint
+
+    plain, calls = getattr(checkpoint, place), []
+
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) == 2 or place == "_load_rest":
+            raise KeyboardInterrupt
+        return plain(*given)
+
+    model = seeded(1)
+    before = parts(model)
+    monkeypatch.setattr(checkpoint, place, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_quantized(folder, into=model)
+    assert_same_parts(parts(model), before)
+
+
+def test_groups_that_the_kernels_do_not_take_are_named():
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 16}
+    rule = (
+        r"group_size must be in \(32, 64, 128, 256\) and divide K = 64 of L in F, or be K, got 16"
+    )
+    with pytest.raises(ValueError, match=f"load_quantized: {rule}"):
+        QuantLinear.from_checkpoint(pack_gptq(draw(32, 64, 16)), config, where="L in F")
 
 
 def test_a_weight_of_another_size_than_the_models_is_named(folder):
@@ -379,6 +434,20 @@ def test_what_one_config_cannot_say_is_refused(tmp_path):
     with pytest.raises(ValueError, match="AWQ has no act-order"):
         save_quantized(seeded(group_size=32, act_order=True), tmp_path, format="awq")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_group_a_row_beside_others(tmp_path):
+    """Of K columns, it may have the size that the others have; another size no config can say."""
+    model = seeded(group_size=64)
+    assert model.block["up"].in_features == 64
+    save_quantized(model, tmp_path)
+    assert torch.equal(load_quantized(tmp_path, into=seeded(1))(TOKENS), model(TOKENS))
+    model.block["down"] = QuantLinear.from_quantized(draw(64, 256, 256))
+    save_quantized(model, tmp_path)
+    assert torch.equal(load_quantized(tmp_path, into=seeded(1))(TOKENS), model(TOKENS))
+    model.block["down"] = QuantLinear.from_quantized(draw(64, 256, 32))
+    with pytest.raises(ValueError, match="group_size must be one for all layers, got .*up.*64"):
+        save_quantized(model, tmp_path)
 
 
 def test_one_group_a_row(tmp_path):

@@ -190,6 +190,28 @@ def test_an_expert_without_tokens_takes_those_of_all():
     torch.testing.assert_close(logits(model), wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_sums_are_as_wide_as_the_model():
+    model = decoder(num_local_experts=5).double()
+    model.set_experts_implementation("eager")  # grouped products know no float64
+    before, caught = copy.deepcopy(model.get_submodule(HOME)), []
+    hook = model.get_submodule(HOME).register_forward_pre_hook(lambda _, args: caught.append(args))
+    logits(model)
+    hook.remove()
+    x, index, _ = caught[0]
+    counts = torch.bincount(index.flatten(), minlength=5)
+    enough = int(counts.max())  # the others take the inputs of all
+    report = gptq_quantize_model(
+        model, [TOKENS], group_size=32, min_expert_tokens=enough, scale_dtype=None, progress=False
+    )
+    errors = {layer.name: layer.error for layer in report.layers}
+    for number, count in enumerate(counts.tolist()):
+        rows = x[(index == number).any(-1)] if count == enough else x
+        name, w = f"{HOME}.gate_up_proj.{number}", before.gate_up_proj[number].detach()
+        lost = rows @ (dequantize(report.weights[name], torch.float64) - w).T
+        wanted = float(lost.square().sum() / (rows @ w.T).square().sum())
+        assert errors[name] == pytest.approx(wanted, rel=1e-10)
+
+
 @pytest.mark.parametrize(
     ("kind", "form"),
     [
@@ -204,7 +226,10 @@ def test_what_was_saved_is_loaded(kind, form, tmp_path):
     how = {**ACT_ORDER, "act_order": form != "awq"}
     replace_linears(model, quantised(model, how))
     wanted = logits(model)
-    save_quantized(model, tmp_path, format=form)
+    if form == "gptq_v2":
+        model.save_pretrained(tmp_path)  # writes that one
+    else:
+        save_quantized(model, tmp_path, format=form)
     names = load_file(tmp_path / "model.safetensors").keys()
     inner = "block_sparse_moe" if kind == "Mixtral" else "mlp"
     own = "w2" if kind == "Mixtral" else "down_proj"
@@ -340,12 +365,12 @@ def test_models_in_half_precision(dtype, tmp_path):
 def test_experts_of_another_form_stay_and_are_named():
     assert is_stacked(stack())
 
-    class Clamped(MixtralExperts):
+    class ClampedExperts(MixtralExperts):
         def _apply_gate(self, both):
             gate, up = both.chunk(2, -1)
             return F.silu(gate.clamp(max=7)) * up
 
-    assert not is_stacked(Clamped(stack().config))
+    assert not is_stacked(ClampedExperts(stack().config))
     for name in ("has_bias", "is_transposed", "has_post_expert_norm"):
         module = stack()
         setattr(module, name, True)

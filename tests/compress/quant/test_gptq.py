@@ -155,23 +155,40 @@ def test_the_error_is_that_of_the_outputs():
     assert gptq.energy(w) == pytest.approx(float(energy), rel=1e-10)
 
 
-def test_it_comes_near_the_best_of_all_roundings_up_and_down():
+def over_the_best(draw_inputs, seeds=60):
+    """Errors of GPTQ and of RTN over the least of all roundings up and down, `(seeds, 2)`."""
+    choices = torch.tensor(list(itertools.product((0, 1), repeat=8)), dtype=torch.float64)
     ratios = []
-    for seed in range(20):
-        x, w = correlated(40, 8, seed), weights(1, 8, 100 + seed)
-        gptq = seen(x)
+    for seed in range(seeds):
+        gptq, w = seen(draw_inputs(seed)), weights(1, 8, 100 + seed)
         # one group that is chosen before anything is corrected: all roundings share its scale
         qw = gptq.quantize(w, group_size=8, damp=1e-6, act_order=True)
         scale = float(qw.scales)
-        below = torch.floor(w / scale)
-        choices = torch.tensor(list(itertools.product((0, 1), repeat=8)), dtype=torch.float64)
-        d = (below + choices).clamp(-8, 7) * scale - w
+        d = (torch.floor(w / scale) + choices).clamp(-8, 7) * scale - w
         best = float(((d @ gptq.hessian) * d).sum(1).min())
         nearest = gptq.hessian_error(w, quantize_rtn(w, group_size=8))
-        found = gptq.hessian_error(w, qw)
-        ratios.append((found / best, nearest / best))
-    found, nearest = torch.tensor(ratios, dtype=torch.float64).median(0).values
-    assert found < 2.0
+        ratios.append((gptq.hessian_error(w, qw) / best, nearest / best))
+    return torch.tensor(ratios, dtype=torch.float64)
+
+
+def test_it_comes_within_a_few_per_cent_of_the_best_of_all_roundings_up_and_down():
+    ratios = over_the_best(lambda seed: weights(40, 8, seed))
+    found, nearest = ratios.mean(0)
+    assert float(ratios[:, 0].median()) < 1 + 1e-6
+    assert found < 1.08
+    assert nearest > 1.15
+
+
+def test_it_comes_near_the_best_where_inputs_hang_together():
+    """Not always: columns are rounded in turn, and none is taken back.
+
+    With a few strong directions (condition numbers of ten thousand and more) half of the draws are
+    at the best or below it, for GPTQ may step over the two neighbours. But some lose many times as
+    much, so that a bound of a few per cent on each, or on their mean, would not be true.
+    """
+    ratios = over_the_best(lambda seed: correlated(40, 8, seed))
+    found, nearest = ratios.median(0).values
+    assert found < 1.02
     assert found * 3 < nearest
 
 
@@ -310,8 +327,13 @@ def test_what_cannot_be_is_named(change, message):
 
 def test_inputs_that_will_not_do_are_named():
     gptq = GPTQ(4, name="layer 3")
-    with pytest.raises(ValueError, match="layer 3: calibration must hold tokens, got 0"):
-        gptq.quantize(torch.ones(2, 4), group_size=4)
+    for what in (
+        lambda: gptq.quantize(torch.ones(2, 4), group_size=4),
+        lambda: gptq.hessian_error(torch.ones(2, 4), quantize_rtn(torch.ones(2, 4), group_size=4)),
+        lambda: gptq.energy(torch.ones(2, 4)),
+    ):
+        with pytest.raises(ValueError, match="layer 3: calibration must hold tokens, got 0"):
+            what()
     with pytest.raises(ValueError, match=r"layer 3: x must be \(..., 4\), got \(2, 3\)"):
         gptq.add_batch(torch.ones(2, 3))
     gptq.add_batch(torch.tensor([[1.0, torch.inf, 0.0, 1.0]]))

@@ -10,7 +10,7 @@ from batchery.compress.quant import gptq_quantize_model
 
 pytest.importorskip("safetensors")
 
-HOW = {"group_size": 4, "progress": False}
+HOW = {"group_size": -1, "progress": False}
 
 
 class Config:

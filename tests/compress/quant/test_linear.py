@@ -430,60 +430,8 @@ def test_data_parallel_training_around_it_is_as_on_one_process():
                 torch.testing.assert_close(named[name], parameter.detach(), rtol=1e-5, atol=1e-6)
 
 
-def lora_model(**settings):
-    peft = pytest.importorskip("peft")
-    model = nn.Sequential()
-    model.add_module("up", QuantLinear.from_quantized(draw(*KINDS["act-order"]), torch.ones(48)))
-    model.add_module("down", nn.Linear(48, 4))
-    config = peft.LoraConfig(target_modules=["up"], r=4, lora_alpha=8, **settings)
-    return peft, peft.get_peft_model(model, lora_for_quantized(config))
-
-
-def test_lora_trains_on_top_and_leaves_the_base():
-    _, model = lora_model()
-    base = model.base_model.model.up.base_layer
-    assert isinstance(base, QuantLinear)
-    before = base.quantized_weight().q
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert len(trained) == 2
-    x = inputs(16, 256)
-    first = model(x).square().mean().item()
-    train(model, [x] * 20, lr=0.3)
-    assert model(x).square().mean().item() < 0.9 * first
-    assert torch.equal(base.quantized_weight().q, before)
-
-
-def test_lora_merges_into_a_dense_layer_and_back():
-    _, model = lora_model()
-    x = inputs(5, 256)
-    train(model, [x] * 3)
-    wanted = model(x)
-    layer = model.base_model.model.up
-    layer.merge(safe_merge=True)
-    assert isinstance(layer.base_layer, nn.Linear)
-    torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
-    layer.unmerge()
-    assert isinstance(layer.base_layer, QuantLinear)
-    assert torch.equal(model(x), wanted)
-    merged = model.merge_and_unload()
-    assert isinstance(merged.up, nn.Linear)
-    torch.testing.assert_close(merged(x), wanted, rtol=1e-5, atol=1e-5)
-
-
-def test_a_lora_that_is_unloaded_leaves_the_layer():
-    _, model = lora_model()
-    up = model.base_model.model.up.base_layer
-    assert model.unload().up is up
-
-
-def test_an_adapter_is_saved_and_loaded(tmp_path):
-    peft, model = lora_model()
-    x = inputs(5, 256)
-    train(model, [x] * 3)
-    wanted = model(x)
-    model.save_pretrained(tmp_path)
-    base = model.unload()
-    assert not torch.equal(base(x), wanted)
-    config = lora_for_quantized(peft.PeftConfig.from_pretrained(tmp_path))
-    again = peft.PeftModel.from_pretrained(base, tmp_path, config=config)
-    assert torch.equal(again(x), wanted)
+@pytest.mark.parametrize(("sizes", "argument"), [((0, 5), "in"), ((5, 0), "out"), ((5, -2), "out")])
+def test_sizes_below_one_are_named(sizes, argument):
+    rule = f"QuantLinear: {argument}_features must be >= 1, got {min(sizes)}"
+    with pytest.raises(ValueError, match=rule):
+        QuantLinear(*sizes)

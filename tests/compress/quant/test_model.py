@@ -18,14 +18,14 @@ from batchery.compress.quant.calibration import cut_padding, decoder_blocks
 
 transformers = pytest.importorskip("transformers")
 
-HOW = {"group_size": 8, "progress": False}
+HOW = {"group_size": 32, "progress": False}
 
 
 def llama(layers=2, seed=0):
     config = transformers.LlamaConfig(
         vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
+        hidden_size=64,
+        intermediate_size=96,
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
@@ -39,8 +39,8 @@ def llama(layers=2, seed=0):
 def mixtral(experts=4):
     config = transformers.MixtralConfig(
         vocab_size=64,
-        hidden_size=16,
-        intermediate_size=24,
+        hidden_size=64,
+        intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
@@ -92,7 +92,7 @@ def test_every_layer_is_quantised_for_what_it_sees_behind_quantised_blocks():
             gptq = GPTQ(source.get_submodule(full).in_features)
             gptq.add_batch(inputs_of(source, full, tokens))
             w = first.get_submodule(full).weight
-            wanted = gptq.quantize(w, group_size=8, act_order=True)
+            wanted = gptq.quantize(w, group_size=32, act_order=True)
             found = report.weights[full]
             assert torch.equal(found.scales, wanted.scales)
             # sums in another order: a weight that lies half-way may go either way
@@ -101,7 +101,7 @@ def test_every_layer_is_quantised_for_what_it_sees_behind_quantised_blocks():
             assert entry.tokens == 6 * 24
             wanted_error = gptq.hessian_error(w, found) / gptq.energy(w)
             assert entry.error == pytest.approx(wanted_error, rel=1e-3)
-            rtn = gptq.hessian_error(w, quantize_rtn(w, group_size=8)) / gptq.energy(w)
+            rtn = gptq.hessian_error(w, quantize_rtn(w, group_size=32)) / gptq.energy(w)
             assert entry.rtn_error == pytest.approx(rtn, rel=1e-3)
     for name in linears:
         weight = model.get_submodule(name).weight
@@ -123,7 +123,7 @@ def test_layers_of_one_input_are_factorised_once(monkeypatch):
 
     monkeypatch.setattr(GPTQ, "quantize", count)
     gptq_quantize_model(llama(1), [ids()], **HOW)
-    assert sorted(made) == [16, 16, 16 + 8 + 8, 64]  # o, down, qkv, gate and up
+    assert sorted(made) == [64, 64, 64 + 32 + 32, 192]  # o, down, qkv, gate and up
 
 
 def test_the_model_is_left_as_it_was_but_for_its_weights():
@@ -215,11 +215,56 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path, monkeypatch):
     assert same == [(x.name, x.error, x.rtn_error, x.tokens) for x in found.layers]
 
 
+@pytest.mark.parametrize(
+    "quantise",
+    [
+        lambda model: gptq_quantize_model(model, [ids()], **HOW),
+        lambda model: rtn_quantize_model(model, group_size=32),
+    ],
+)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interruption_leaves_whole_blocks(quantise, error, monkeypatch):
+    from batchery.compress.quant import model as home
+
+    plain, made = home.dequantize, []
+
+    def interrupt(*given):
+        made.append(1)
+        if len(made) == 7 + 4:  # in the midst of the second block
+            raise error
+        return plain(*given)
+
+    model = llama()
+    before = copy.deepcopy(model)
+    monkeypatch.setattr(home, "dequantize", interrupt)
+    with pytest.raises(error):
+        quantise(model)
+    for name, tensor in model.state_dict().items():
+        changed = name.startswith("model.layers.0.") and "proj" in name
+        assert torch.equal(tensor, before.state_dict()[name]) != changed
+
+
+def test_groups_that_the_kernels_do_not_take_are_refused_before_anything_is_done():
+    model = llama(1)
+    before = copy.deepcopy(model)
+    rule = (
+        r"group_size must be in \(32, 64, 128, 256\) and divide K = 64 of .*q_proj, or be K, got "
+    )
+    for size in (16, 0, -2, 128):
+        with pytest.raises(ValueError, match=f"gptq_quantize_model: {rule}{size}"):
+            gptq_quantize_model(model, iter(()), group_size=size, progress=False)
+        with pytest.raises(ValueError, match=f"rtn_quantize_model: {rule}{size}"):
+            rtn_quantize_model(model, group_size=size)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before.state_dict()[name])
+    assert {qw.group_size for qw in rtn_quantize_model(model, group_size=-1).values()} == {64, 96}
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     gptq_quantize_model(llama(1), [ids()], folder=tmp_path, **HOW)
-    assert json.loads((tmp_path / "run.json").read_text())["group_size"] == 8
-    with pytest.raises(ValueError, match="group_size=8, this object group_size=16"):
-        gptq_quantize_model(llama(1), [ids()], folder=tmp_path, group_size=16, progress=False)
+    assert json.loads((tmp_path / "run.json").read_text())["group_size"] == 32
+    with pytest.raises(ValueError, match="group_size=32, this object group_size=-1"):
+        gptq_quantize_model(llama(1), [ids()], folder=tmp_path, group_size=-1, progress=False)
     with pytest.raises(ValueError, match="the saved state has calibration="):
         gptq_quantize_model(llama(1), [ids(seed=2)], folder=tmp_path, **HOW)
     with pytest.raises(ValueError, match=r"the saved state has model="):
@@ -233,7 +278,7 @@ class Experts(nn.Module):
         super().__init__()
         self.gate = nn.Linear(width, count)
         self.experts = nn.ModuleList(
-            nn.ModuleDict({"up": nn.Linear(width, 16), "down": nn.Linear(16, width)})
+            nn.ModuleDict({"up": nn.Linear(width, 64), "down": nn.Linear(64, width)})
             for _ in range(count)
         )
 
@@ -261,12 +306,12 @@ class Stack(nn.Module):
         return x
 
 
-def hidden(rows=20, length=20, width=8, seed=3):
+def hidden(rows=20, length=20, width=32, seed=3):
     return torch.randn(rows, length, width, generator=torch.Generator().manual_seed(seed))
 
 
 def test_an_expert_has_its_own_tokens_or_those_of_all():
-    model, x = Stack(lambda: Experts(8, 3), 1), hidden()
+    model, x = Stack(lambda: Experts(32, 3), 1), hidden()
     block = model.blocks[0]
     block.gate.bias.data = torch.tensor([1.0, 0.0, -50.0])  # the last is never chosen
     before = copy.deepcopy(block)
@@ -278,14 +323,14 @@ def test_an_expert_has_its_own_tokens_or_those_of_all():
     tokens = {layer.name: layer.tokens for layer in report.layers}
     assert "blocks.0.gate" not in tokens
     assert torch.equal(block.gate.weight, before.gate.weight)
-    own, union = GPTQ(8), GPTQ(8)
+    own, union = GPTQ(32), GPTQ(32)
     own.add_batch(x.flatten(0, 1)[chosen == 0])
     union.add_batch(x)
     for number, gptq in enumerate((own, union, union)):
         name = f"blocks.0.experts.{number}.up"
         assert tokens[name] == gptq.tokens
         w = before.experts[number]["up"].weight
-        wanted = gptq.quantize(w, group_size=8).q
+        wanted = gptq.quantize(w, group_size=32).q
         assert (report.weights[name].q == wanted).float().mean() > 0.98
 
 
@@ -314,7 +359,7 @@ def test_stacked_experts_are_quantised_one_by_one(implementation):
             gptq = GPTQ(inputs.shape[-1])
             gptq.add_batch(inputs)
             qw = report.weights[f"{experts}.{own}.{number}"]
-            wanted = gptq.quantize(getattr(inner, own)[number], group_size=8)
+            wanted = gptq.quantize(getattr(inner, own)[number], group_size=32)
             assert (qw.q == wanted.q).float().mean() > 0.98
             stack = getattr(model.get_submodule(experts), own)
             assert torch.equal(stack[number], dequantize(qw))
@@ -326,8 +371,8 @@ def test_a_tied_weight_is_quantised_once():
     class Twins(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first = nn.Linear(8, 8)
-            self.second = nn.Linear(8, 8)
+            self.first = nn.Linear(32, 32)
+            self.second = nn.Linear(32, 32)
             self.second.weight = self.first.weight
 
         def forward(self, x):
@@ -345,28 +390,30 @@ def test_a_tied_weight_is_quantised_once():
     once = report.weights["blocks.0.first"]
     assert report.weights["blocks.0.second"] is once
     assert report.weights["blocks.1.first"] is once
-    gptq = GPTQ(8)  # both places' inputs count
+    gptq = GPTQ(32)  # both places' inputs count
     for inputs in caught:
         gptq.add_batch(inputs)
-    assert torch.equal(once.q, gptq.quantize(w, group_size=8).q)
+    assert torch.equal(once.q, gptq.quantize(w, group_size=32).q)
     assert torch.equal(model.blocks[1].first.weight, dequantize(once))
 
 
 def test_rounding_a_whole_model_rounds_every_layer():
     model = llama()
     before = copy.deepcopy(model)
-    weights = rtn_quantize_model(model, group_size=8, symmetric=False)
+    weights = rtn_quantize_model(model, group_size=32, symmetric=False)
     assert len(weights) == 14
     for name, qw in weights.items():
-        wanted = quantize_rtn(before.get_submodule(name).weight, group_size=8, symmetric=False)
+        wanted = quantize_rtn(before.get_submodule(name).weight, group_size=32, symmetric=False)
         assert torch.equal(model.get_submodule(name).weight, dequantize(wanted))
         assert torch.equal(qw.q, wanted.q)
-    with pytest.raises(ValueError, match=r"rtn_quantize_model: group_size must divide K = 16 of"):
+    with pytest.raises(
+        ValueError, match=r"rtn_quantize_model: group_size must be in .* divide K = 64 of"
+    ):
         rtn_quantize_model(model, group_size=5)
 
 
 def test_the_blocks_are_the_longest_outer_list():
-    model = Stack(lambda: Experts(8, 5), 2)
+    model = Stack(lambda: Experts(32, 5), 2)
     model.extra = nn.ModuleList([nn.Identity() for _ in range(9)])
     assert decoder_blocks("me", model) == ("blocks", model.blocks)
     assert decoder_blocks("me", llama())[0] == "model.layers"
@@ -394,7 +441,7 @@ def test_scales_have_the_dtype_that_was_asked_for(tmp_path):
     how = {**HOW, "scale_dtype": torch.bfloat16}
     first = gptq_quantize_model(llama(1), [ids()], folder=tmp_path, **how)
     again = gptq_quantize_model(llama(1), [ids()], folder=tmp_path, **how)
-    plain = rtn_quantize_model(llama(1), group_size=8, scale_dtype=torch.bfloat16)
+    plain = rtn_quantize_model(llama(1), group_size=32, scale_dtype=torch.bfloat16)
     for weights in (first.weights, again.weights, plain):
         assert {qw.scales.dtype for qw in weights.values()} == {torch.bfloat16}
     assert all(torch.equal(again.weights[name].q, qw.q) for name, qw in first.weights.items())
@@ -410,7 +457,7 @@ def test_what_cannot_be_is_named():
     holes = {"input_ids": ids(1, 3), "attention_mask": torch.tensor([[1, 0, 1]])}
     with pytest.raises(ValueError, match="attention_mask must be one run of ones a row"):
         gptq_quantize_model(llama(1), [holes], **HOW)
-    with pytest.raises(ValueError, match=r"group_size must divide K = 16 of .*q_proj, got 5"):
+    with pytest.raises(ValueError, match=r"divide K = 64 of .*q_proj, or be K, got 5"):
         gptq_quantize_model(llama(1), [ids()], group_size=5, progress=False)
     broken = llama(2)
     broken.model.layers[1].input_layernorm.weight.data[3] = torch.nan
@@ -425,8 +472,8 @@ class Spare(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.used = nn.Linear(8, 8)
-        self.spare = nn.Linear(8, 8)
+        self.used = nn.Linear(32, 32)
+        self.spare = nn.Linear(32, 32)
 
     def forward(self, x):
         return self.used(x)

@@ -4,6 +4,7 @@
 import copy
 import gc
 import io
+import json
 import weakref
 
 import pytest
@@ -26,6 +27,10 @@ from batchery.compress.quant import (
 from batchery.compress.quant.replace import QuantGatedMLP
 
 transformers = pytest.importorskip("transformers")
+
+from safetensors.torch import load_file  # noqa: E402
+
+from batchery.compress.quant.transformers_plugin import transformers_enabled  # noqa: E402
 
 TOKENS = torch.randint(0, 64, (4, 24), generator=torch.Generator().manual_seed(0))
 PLAIN = {"group_size": 32}
@@ -106,6 +111,95 @@ def test_what_cannot_be_replaced_is_named_and_nothing_is():
     with pytest.raises(ValueError, match=r"weights\['2'\] must be \(8, 32\), got \(32, 64\)"):
         replace_linears(model, {"0": qw, "2": qw})
     assert isinstance(model[0], nn.Linear)
+
+
+def test_weights_that_cannot_be_packed_are_named_and_nothing_is_replaced():
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64), nn.Linear(64, 32))
+    first = quantize_rtn(model[0].weight, group_size=32)
+    rule = r"group_size must be in \(32, 64, 128, 256\) and divide K = 64 of 2, or be K, got 16"
+    with pytest.raises(ValueError, match=f"replace_linears: {rule}"):
+        replace_linears(model, {"0": first, "2": quantize_rtn(model[2].weight, group_size=16)})
+    uneven = QuantizedWeight(first.q, first.scales, None, torch.zeros(64, dtype=torch.int32), 32)
+    with pytest.raises(ValueError, match="replace_linears: g_idx must give every group 32 columns"):
+        replace_linears(model, {"0": first, "2": uneven})
+    assert all(isinstance(layer, nn.Linear) for layer in model)
+
+
+def by_name(folder):
+    with transformers_enabled():
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True
+        )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys"))
+    return model
+
+
+@pytest.mark.parametrize("how", [PLAIN, ACT_ORDER, {"group_size": -1}])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_save_pretrained_writes_what_loads(how, loaded, tmp_path):
+    model = decoder(tie_word_embeddings=True, attention_bias=True)
+    if loaded:
+        model.save_pretrained(tmp_path / "dense")
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    replace_linears(model, quantised(model, {**how, "exclude": ("*.o_proj",)}))
+    copy.deepcopy(model).save_pretrained(tmp_path / "a")
+    save_quantized(model, tmp_path / "b")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in "ab"]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+    for again in (by_name(tmp_path / "a"), load_quantized(tmp_path / "a")):
+        assert torch.equal(logits(again), logits(model))
+        assert again.lm_head.weight is again.model.embed_tokens.weight
+    into = load_quantized(
+        tmp_path / "a", into=decoder(tie_word_embeddings=True, attention_bias=True)
+    )
+    into.save_pretrained(tmp_path / "c", max_shard_size="20KB")
+    assert torch.equal(logits(by_name(tmp_path / "c")), logits(model))
+
+
+def test_save_pretrained_writes_a_head_that_was_tied(tmp_path):
+    model = decoder(tie_word_embeddings=True)
+    replace_linears(model, {"lm_head": quantize_rtn(model.lm_head.weight, group_size=32)})
+    model.save_pretrained(tmp_path)
+    again = by_name(tmp_path)
+    assert isinstance(again.lm_head, QuantLinear)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_model_inside_another_is_saved_alone(tmp_path):
+    model = nn.ModuleDict({"inner": decoder()})
+    weights = rtn_quantize_model(model["inner"], **PLAIN)
+    replace_linears(model, {f"inner.{name}": qw for name, qw in weights.items()})
+    model["inner"].save_pretrained(tmp_path)
+    assert torch.equal(logits(by_name(tmp_path)), logits(model["inner"]))
+
+
+def test_save_pretrained_refuses_what_one_config_cannot_say(tmp_path):
+    model = decoder()
+    weights = rtn_quantize_model(model, **PLAIN)
+    name = "model.layers.1.mlp.down_proj"
+    whole = quantize_rtn(model.get_submodule(name).weight, group_size=-1)
+    replace_linears(model, {**weights, name: whole})
+    with pytest.raises(ValueError, match="group_size must be one for all layers"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_whose_layers_are_dense_again_is_saved_as_such(tmp_path):
+    model = decoder()
+    weights = rtn_quantize_model(model, **PLAIN)
+    replace_linears(model, weights)
+    model.dequantize().save_pretrained(tmp_path / "a")
+    replace_linears(model, weights)
+    for name in weights:
+        model.set_submodule(name, model.get_submodule(name).to_linear())
+    model.save_pretrained(tmp_path / "b")
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+        plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        torch.testing.assert_close(logits(plain), logits(model), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["gptq_v1", "gptq_v2", "awq", "compressed-tensors"])
@@ -267,8 +361,9 @@ def test_a_fused_state_is_portable_but_no_folder(tmp_path):
     other.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(logits(other), logits(model))
     rule = r"must not be fused: .* got \['model.layers.0.mlp.gate_up_proj'"
-    with pytest.raises(ValueError, match=f"save_quantized: model {rule}"):
-        save_quantized(model, tmp_path)
+    for save in (lambda: save_quantized(model, tmp_path), lambda: model.save_pretrained(tmp_path)):
+        with pytest.raises(ValueError, match=f"save_quantized: model {rule}"):
+            save()
     assert not list(tmp_path.iterdir())
 
 

@@ -112,10 +112,11 @@ def test_weights_are_rounded_with_the_scales_that_are_stored(dtype, clip_search)
         assert dtype != torch.bfloat16 or not torch.equal(qw.q, wide.q)
 
 
-def test_scales_too_small_for_their_dtype_become_its_smallest():
+@pytest.mark.parametrize("sign", [1, -1])  # below 0 the zero would lie at 21, and is 15
+def test_scales_too_small_for_their_dtype_become_its_smallest(sign):
     least = 2.0**-24  # of float16
     for high in (1e-12, 1.4 * 15 * least, 2.6 * 15 * least):
-        w = torch.tensor([[0.0, high / 2, high, high]], dtype=torch.float64)
+        w = sign * torch.tensor([[0.0, high / 2, high, high]], dtype=torch.float64)
         for symmetric in (True, False):
             qw = quantize_rtn(w, group_size=4, symmetric=symmetric)
             assert float(qw.scales) >= least

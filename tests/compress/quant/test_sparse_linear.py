@@ -3,6 +3,8 @@
 
 import copy
 import pickle
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -212,3 +214,20 @@ def test_the_device_follows_and_gives_the_same():
     torch.testing.assert_close(model(x), wanted, rtol=1e-3, atol=1e-2)
     back = model.cpu()
     torch.testing.assert_close(back(x.cpu().float()), wanted.cpu().float(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("owner", ["w4a16_matmul", "w4a16_sparse_matmul"])
+def test_a_device_that_is_too_old_is_told_for_both_kernels(owner, monkeypatch):
+    from batchery.kernels import w4a16, w4a16_sparse
+
+    assert w4a16_sparse.by_triton is w4a16.by_triton
+    monkeypatch.setattr(w4a16, "triton", object())
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability, runs in (((7, 5), False), ((8, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        x = SimpleNamespace(is_cuda=True, dtype=torch.float16, device=torch.device("cuda:0"))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("default")
+            assert [w4a16.by_triton(owner, x, "auto") for _ in range(2)] == [runs, runs]
+        wanted = [] if runs else [f"{owner}: cuda:0 is too old for the kernels: dequantising"]
+        assert [str(warning.message) for warning in told] == wanted

@@ -332,6 +332,14 @@ def test_offloading_is_refused(tmp_path, enabled):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places)
 
 
+@pytest.mark.parametrize("places", ["meta", {"": "meta"}])
+def test_layers_without_values_are_refused(places, tmp_path, enabled):
+    write(tmp_path, "gptq-v2")
+    rule = r"mlp.down_proj in model.safetensors must not be offloaded, got \['qweight', "
+    with pytest.raises(ValueError, match=rule):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places)
+
+
 @pytest.mark.slow
 def test_the_trainer_trains_an_adapter(tmp_path, enabled):
     peft = pytest.importorskip("peft")

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from batchery._core.validate import require, require_type
+from batchery.compress.quant.experts import is_transposed, stacks_of
 from batchery.compress.quant.gptq import GPTQ
 
 __all__ = [
@@ -323,7 +324,7 @@ def targets_of(owner: str, block: nn.Module, prefix: str, exclude: Sequence[str]
         target for target in _all_targets(block, prefix) if not _matches(target.name, exclude)
     ]
     for name, module in block.named_modules(prefix=prefix):
-        if _is_stack(module) and _is_transposed(module):
+        if stacks_of(module) and is_transposed(module):
             inside = any(target.name.startswith(f"{name}.") for target in wanted)
             pattern = f"*.{name.rsplit('.', 1)[-1]}.*"
             rule = f"must hold {pattern!r}, as {name} is stored transposed"
@@ -333,21 +334,6 @@ def targets_of(owner: str, block: nn.Module, prefix: str, exclude: Sequence[str]
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _is_stack(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("Experts")
-
-
-def _is_transposed(experts: nn.Module) -> bool:
-    """Whether stacked experts are `(E, K, N)`: they say so, or their shapes do."""
-    if getattr(experts, "is_transposed", False):
-        return True
-    own = dict(experts.named_parameters(recurse=False))
-    first, last = own.get("gate_up_proj"), own.get("down_proj")
-    if first is None or last is None or first.dim() != 3 or last.dim() != 3:
-        return False
-    return first.shape[2] == 2 * last.shape[1] and first.shape[1] == last.shape[2]
 
 
 def _all_targets(block: nn.Module, prefix: str) -> list[Target]:
@@ -363,12 +349,9 @@ def _all_targets(block: nn.Module, prefix: str) -> list[Target]:
                 inside = name.removeprefix(f"{around[-1]}.").split(".", 1)
                 role = ".".join([prefix, around[-1], "*", *inside[1:]])
             targets.append(Target(full, module.weight.detach(), role))
-        elif _is_stack(module):
-            for own, stack in module.named_parameters(recurse=False):
-                if stack.dim() == 3:
-                    for expert, weight in enumerate(stack.detach()):
-                        entry = Target(f"{full}.{own}.{expert}", weight, f"{full}.{own}.*")
-                        targets.append(entry)
+        for own, stack in stacks_of(module).items():
+            for expert, weight in enumerate(stack.detach()):
+                targets.append(Target(f"{full}.{own}.{expert}", weight, f"{full}.{own}.*"))
     return targets
 
 

@@ -11,7 +11,9 @@ read them. Every tensor is checked, and errors name it and its file. Nothing is 
 
 import json
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,8 +46,8 @@ def load_quantized(
             another tool that hold its tensors (`qweight` and so on): they are replaced in place.
         into: module that gets the weights, its `nn.Linear` replaced where they are quantised, and
             transformers' stacked experts by modules; its names are those of the files, or what
-            transformers makes of those. Without it the folder is a transformers causal language
-            model, which is built.
+            transformers makes of those. After an error it is as it was. Without it the folder is a
+            transformers causal language model, which is built.
         format: what the tensors are, where the config does not say or is wrong.
         device: where quantised layers go; by default where the replaced ones are.
 
@@ -54,7 +56,8 @@ def load_quantized(
 
     Raises:
         ValueError: files are damaged, a tensor is missing or does not fit, or the config is of no
-            four-bit format; tensor and file are named.
+            four-bit format; tensor and file are named. Or `into` has buffers on the meta device
+            that files do not hold.
         FileNotFoundError: the folder or its safetensors are not there.
 
     Example:
@@ -70,13 +73,23 @@ def load_quantized(
     """
     if isinstance(model_or_path, nn.Module):
         require(into is None, "load_quantized", "into", "needs a path, not a model", type(into))
-        return _convert(model_or_path, format, device)
+        carry_config(_convert(model_or_path, format, device))
+        return model_or_path
     folder = SafetensorsFolder(model_or_path)
     if into is None:
         from batchery.compress.quant.transformers_plugin import from_pretrained
 
         return from_pretrained(folder.path, folder.config(), format=format, device=device)
-    scheme = Scheme.parse(folder.config(), form=format)
+    with _put_back_on_error(into):
+        _fill(into, folder, Scheme.parse(folder.config(), form=format), device)
+    carry_config(into)
+    return into
+
+
+def _fill(
+    into: nn.Module, folder: SafetensorsFolder, scheme: Scheme, device: torch.device | str | None
+) -> None:
+    """Load a folder into a model."""
     layers = layers_of(folder.files, scheme.family)
     places = layers_in_model(into, layers)
     read = {}
@@ -93,7 +106,38 @@ def load_quantized(
     taken |= {f"{stored}.bias" for stored in layers}
     rest = {name: folder.tensor(name) for name in folder.files if name not in taken}
     _load_rest(into, rest, set(read), folder)
-    return into
+
+
+@contextmanager
+def _put_back_on_error(model: nn.Module) -> Iterator[None]:
+    """Give all modules of a model the children, parameters and buffers that they had."""
+    tables = [
+        table
+        for module in model.modules()
+        for table in (module._modules, module._parameters, module._buffers)
+    ]
+    before = [dict(table) for table in tables]
+    try:
+        yield
+    except BaseException:  # Ctrl-C too
+        for table, held in zip(tables, before, strict=True):
+            table.clear()
+            table.update(held)  # type: ignore[arg-type]
+        raise
+
+
+def carry_config(model: nn.Module) -> None:
+    """Let the transformers models in a model write and load their four-bit layers themselves."""
+    home = sys.modules.get("transformers.modeling_utils")
+    if home is None:
+        return
+    if not isinstance(model, home.PreTrainedModel):
+        for child in model.children():
+            carry_config(child)
+    elif any(quant_layers(model)):
+        from batchery.compress.quant.transformers_plugin import attach_quantizer
+
+        attach_quantizer(model)
 
 
 def save_quantized(
@@ -125,7 +169,7 @@ def save_quantized(
     """
     path = Path(path)
     safetensors = import_extra("safetensors.torch", "hf", "save_quantized")
-    scheme = _scheme_of(dict(quant_layers(model)), format)
+    scheme, config = described(model, format)
     renamed = name_in_files(model)
     state = {renamed(name): tensor for name, tensor in quantized_state_dict(model, scheme).items()}
     shards = list(_shards(state, shard_bytes))
@@ -148,10 +192,18 @@ def save_quantized(
         atomic_write(path / INDEX, _json(index))
     else:
         (path / INDEX).unlink(missing_ok=True)
-    kept = [renamed(name) for name, module in model.named_modules() if _is_linear(module)]
-    quantised = [name.rpartition(".")[2] for name, _ in quant_layers(model)]
-    _write_configs(model, path, scheme.config(kept, lm_head="lm_head" in quantised))
+    _write_configs(model, path, config)
     return path
+
+
+def described(model: nn.Module, format: Format) -> tuple[Scheme, dict[str, Any]]:
+    """Return how to store a model's layers, and its `quantization_config`; errors as on saving."""
+    layers = dict(quant_layers(model))
+    scheme = _scheme_of(layers, format)
+    renamed = name_in_files(model)
+    kept = [renamed(name) for name, module in model.named_modules() if _is_linear(module)]
+    quantised = [name.rpartition(".")[2] for name in layers]
+    return scheme, scheme.config(kept, lm_head="lm_head" in quantised)
 
 
 def quantized_state_dict(model: nn.Module, scheme: Scheme) -> dict[str, Tensor]:
@@ -313,19 +365,26 @@ def _load_rest(
     tied: dict[int, list[str]] = {}
     for name, tensor in named.items():
         tied.setdefault(id(tensor), []).append(name)
-    on_meta = any(tensor.is_meta for tensor in named.values())
-    found = model.load_state_dict(rest, strict=False, assign=on_meta)
     owner, where = "load_quantized", f"files in {folder.path.name}"
-    extra = found.unexpected_keys
+    extra = [name for name in rest if name not in named]
     require(not extra, owner, where, "must have tensors of the model alone", extra[:3])
+    for name, tensor in rest.items():
+        shape, got = tuple(named[name].shape), tuple(tensor.shape)
+        require(got == shape, owner, f"{name} in {where}", f"must be {shape}", got)
     for names in tied.values():
-        given = [name for name in names if name in rest]
-        require(bool(given), owner, where, "must have all tensors of the model", f"no {names[0]}")
-        if on_meta:
-            module, _, own = given[0].rpartition(".")
-            tensor = getattr(model.get_submodule(module), own)
-            for name in names:
-                replace_module(model, name, tensor)
+        there = any(name in rest for name in names)
+        require(there, owner, where, "must have all tensors of the model", f"no {names[0]}")
+    hollow = [name for name, own in model.named_buffers() if own.is_meta and name not in named]
+    rule = "must have no buffers on the meta device that are not saved"
+    require(not hollow, owner, "into", rule, hollow[:3])
+    on_meta = any(tensor.is_meta for tensor in named.values())
+    model.load_state_dict(rest, strict=False, assign=on_meta)
+    for names in tied.values() if on_meta else ():
+        given = next(name for name in names if name in rest)
+        module, _, own = given.rpartition(".")
+        tensor = getattr(model.get_submodule(module), own)
+        for name in names:
+            replace_module(model, name, tensor)
 
 
 def _shards(state: Mapping[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:

@@ -33,9 +33,11 @@ __all__ = [
     "QuantExperts",
     "expert_names",
     "is_stacked",
+    "is_transposed",
     "layers_in_model",
     "name_in_files",
     "name_in_model",
+    "stacks_of",
     "unstacked",
 ]
 
@@ -46,7 +48,6 @@ USUAL = {
     "has_gate": True,
     "has_bias": False,
     "has_post_expert_norm": False,
-    "is_transposed": False,
     "is_concatenated": True,
 }
 COMMON = "transformers.integrations.moe"
@@ -114,16 +115,37 @@ class QuantExperts(nn.ModuleList):
         return out
 
 
+def stacks_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the weights `(E, ...)` of stacked experts by name; none of any other module.
+
+    transformers' classes for them have names that end in `Experts`.
+    """
+    if not type(module).__name__.endswith("Experts"):
+        return {}
+    own = module.named_parameters(recurse=False)
+    return {name: stack for name, stack in own if stack.dim() == 3}
+
+
+def is_transposed(experts: nn.Module) -> bool:
+    """Say whether stacked experts are `(E, K, N)`: they tell, or their shapes do."""
+    if getattr(experts, "is_transposed", False):
+        return True
+    first, last = (stacks_of(experts).get(name) for name in STACKS)
+    if first is None or last is None:
+        return False
+    return first.shape[2] == 2 * last.shape[1] and first.shape[1] == last.shape[2]
+
+
 def is_stacked(module: nn.Module) -> bool:
     """Say whether a module is transformers' stacked experts in their usual form.
 
     Biases, transposed or interleaved stacks, a norm behind the experts and gates of their own
     (clamped ones, for instance) are not.
     """
-    stacks = [module._parameters.get(name) for name in STACKS]
     own = getattr(type(module), "_apply_gate", None)
     return (
-        all(stack is not None and stack.dim() == 3 for stack in stacks)
+        stacks_of(module).keys() >= set(STACKS)
+        and not is_transposed(module)
         and all(getattr(module, name, value) is value for name, value in USUAL.items())
         and getattr(own, "__module__", "") == COMMON
     )

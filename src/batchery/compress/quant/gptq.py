@@ -156,11 +156,14 @@ class GPTQ:
         Raises:
             ValueError: no tokens came, or they were not finite.
         """
-        require(self.tokens > 0, self.name, "calibration", "must hold tokens", self.tokens)
+        self._require_tokens()
         # A NaN, an infinity or an overflow in x shows in the diagonal.
         finite = bool(torch.isfinite(self.gram.diagonal()).all())
         require(finite, self.name, "Hessian", "must be finite", "NaN or infinity")
         return self.gram * (2 / self.tokens)
+
+    def _require_tokens(self) -> None:
+        require(self.tokens > 0, self.name, "calibration", "must hold tokens", self.tokens)
 
     @torch.no_grad()
     def quantize(
@@ -264,12 +267,16 @@ class GPTQ:
         Args:
             w: `(N, K)`.
             qw: its quantised form.
+
+        Raises:
+            ValueError: no tokens came.
         """
         return self.energy(dequantize(qw, self.gram.dtype) - w.to(self.gram.dtype))
 
     @torch.no_grad()
     def energy(self, w: Tensor) -> float:
-        """Return tr(W H Wᵀ): the same of the outputs themselves."""
+        """Return tr(W H Wᵀ): the same of the outputs themselves; errors too."""
+        self._require_tokens()
         w = w.to(self.gram.dtype)
         return float(((w @ self.gram) * w).sum()) * 2 / self.tokens
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchery._core.validate import require, require_type
+from batchery._core.validate import integer, require, require_type
 from batchery.compress.quant.formats import from_words, to_words
 from batchery.compress.quant.scheme import Scheme
 from batchery.compress.quant.weight import QuantizedWeight, pack
@@ -60,6 +60,9 @@ class QuantLinear(nn.Module):
     Attributes:
         bias: frozen, `(N,)` (gated: `(2N,)`) or None.
         dtype: follows `.to(dtype)`.
+
+    Raises:
+        ValueError: a size is below 1.
 
     Example:
         >>> from batchery.compress.quant.weight import QuantizedWeight
@@ -94,7 +97,8 @@ class QuantLinear(nn.Module):
     ) -> None:
         """Make an empty layer; see the class."""
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features = integer("QuantLinear", "in_features", in_features, at_least=1)
+        self.out_features = integer("QuantLinear", "out_features", out_features, at_least=1)
         self.gated = gated
         self.batch_invariant = batch_invariant
         self.group_size = in_features

@@ -10,6 +10,7 @@ does not know; that entry is not saved with an adapter. So loading one takes the
     config = lora_for_quantized(PeftConfig.from_pretrained(path))
     model = PeftModel.from_pretrained(model, path, config=config)
 
+Adapters that start from the dense weight (DoRA, PiSSA, OLoRA, LoftQ and their like) are refused.
 Merging makes a dense layer of W + ΔW: to round the sum to four bits again would lose much of ΔW.
 """
 
@@ -19,10 +20,14 @@ from typing import Any
 
 from torch import nn
 
-from batchery._core.validate import import_extra, require
+from batchery._core.validate import import_extra, one_of, require
 from batchery.compress.quant.linear import QuantLinear
 
 __all__ = ["lora_for_quantized"]
+
+OWNER = "lora_for_quantized"
+STARTS = (True, False, "gaussian", "eva")  # those that need no dense weight
+DENSE_VARIANTS = ("use_dora", "kasa_config", "velora_config")
 
 
 def lora_for_quantized(config: Any) -> Any:
@@ -32,15 +37,27 @@ def lora_for_quantized(config: Any) -> Any:
 
     Args:
         config: a `LoraConfig`, changed in place.
+
+    Raises:
+        ValueError: the adapters would need the dense weight.
     """
+    _require_plain(config)
     config._register_custom_module({QuantLinear: _lora_class()})
     return config
+
+
+def _require_plain(config: Any) -> None:
+    """Refuse adapters that read the base's dense weight, or make another of it."""
+    one_of(OWNER, "init_lora_weights", getattr(config, "init_lora_weights", True), STARTS)
+    for variant in DENSE_VARIANTS:
+        on = getattr(config, variant, None)
+        require(not on, OWNER, variant, "must be off: the base has no dense weight", on)
 
 
 @cache
 def _lora_class() -> type[nn.Module]:
     """Return the adapter's class; PEFT is imported here."""
-    layer = import_extra("peft.tuners.lora.layer", "hf", "lora_for_quantized")
+    layer = import_extra("peft.tuners.lora.layer", "hf", OWNER)
 
     class QuantLoraLinear(layer.Linear):  # type: ignore[misc, name-defined]
         """LoRA whose base is four-bit until it is merged."""
@@ -48,12 +65,17 @@ def _lora_class() -> type[nn.Module]:
         def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
             gated = isinstance(base_layer, QuantLinear) and base_layer.gated
             rule = "must not be gated: adapt gate and up before they are fused"
-            require(not gated, "lora_for_quantized", "target_modules", rule, adapter_name)
+            require(not gated, OWNER, "target_modules", rule, adapter_name)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Unsupported layer type")
                 super().__init__(base_layer, adapter_name, **kwargs)
             # Kept out of the module tree.
             self._quantized: list[QuantLinear] = []
+
+        def update_layer(self, *args: Any, **kwargs: Any) -> None:
+            """Add an adapter, whose config may not have come through `lora_for_quantized`."""
+            _require_plain(kwargs.get("config"))
+            super().update_layer(*args, **kwargs)
 
         def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
             """Make the base dense, and add the adapters to it."""

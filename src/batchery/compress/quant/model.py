@@ -48,7 +48,7 @@ from batchery.compress.quant.gptq import GPTQ
 from batchery.compress.quant.kept_blocks import Done, KeptBlocks, LayerReport, model_digests
 from batchery.compress.quant.rtn import quantize_rtn
 from batchery.compress.quant.sparse import prune_quantize_24, quantize_rtn_24
-from batchery.compress.quant.weight import QuantizedWeight, dequantize
+from batchery.compress.quant.weight import QuantizedWeight, dequantize, require_packable
 
 __all__ = ["EXCLUDED", "QuantizationReport", "gptq_quantize_model", "rtn_quantize_model"]
 
@@ -106,7 +106,7 @@ def gptq_quantize_model(
         calibration: batches: token ids `(B, T)`, or keyword arguments of the model, whose
             `attention_mask` says what is padding.
         bits: as in `GPTQ.quantize`, with the eight that follow.
-        group_size: see there.
+        group_size: 32, 64, 128, 256 or -1: what the kernels take; see there.
         symmetric: see there.
         act_order: see there.
         static_groups: see there.
@@ -126,10 +126,10 @@ def gptq_quantize_model(
 
     Raises:
         TypeError: calibration is one batch or holds lists; `exclude` is one string.
-        ValueError: a setting that does not fit a layer; no tokens, or none that reach some layer;
-            a mask that does not fit; inputs that are not finite; nothing to quantise, or only the
-            smaller part of the model; transposed experts; a folder of another model, data or
-            settings, or damaged.
+        ValueError: a setting that does not fit a layer or the kernels; no tokens, or none that
+            reach some layer; a mask that does not fit; inputs that are not finite; nothing to
+            quantise, or only the smaller part of the model; transposed experts; a folder of another
+            model, data or settings, or damaged.
         RuntimeError: the model does not call its blocks one after another.
 
     Example:
@@ -144,7 +144,7 @@ def gptq_quantize_model(
         ...             x = block(x)
         ...         return x
         >>> report = gptq_quantize_model(
-        ...     Model(), [torch.randn(4, 10, 8)], group_size=4, progress=False
+        ...     Model(), [torch.randn(4, 10, 8)], group_size=-1, progress=False
         ... )
         >>> sorted(report.weights), report.layers[0].tokens
         (['blocks.0', 'blocks.1'], 40)
@@ -199,8 +199,7 @@ def gptq_quantize_model(
                     kept.save(place, *done)
             quantized, reports = done
             weights |= quantized
-            for target in targets:
-                target.weight.copy_(dequantize(quantized[target.name], target.weight.dtype))
+            _exchange(targets, quantized)
             for target in found:
                 weights[target.name] = weights[names[target.weight.data_ptr()]]
             layers += reports
@@ -227,7 +226,7 @@ def rtn_quantize_model(
     Args:
         model: any that `gptq_quantize_model` takes.
         bits: as in `quantize_rtn`, with the four that follow.
-        group_size: see there.
+        group_size: 32, 64, 128, 256 or -1: what the kernels take; see there.
         symmetric: see there.
         clip_search: see there.
         scale_dtype: see there.
@@ -238,8 +237,8 @@ def rtn_quantize_model(
 
     Raises:
         TypeError: `exclude` is one string.
-        ValueError: a setting that does not fit a layer; nothing to quantise, or only the smaller
-            part of the model; transposed experts.
+        ValueError: a setting that does not fit a layer or the kernels; nothing to quantise, or only
+            the smaller part of the model; transposed experts.
     """
     how: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "clip_search": clip_search}
     how["scale_dtype"] = scale_dtype
@@ -247,10 +246,13 @@ def rtn_quantize_model(
     weights: dict[str, QuantizedWeight] = {}
     names: dict[int, str] = {}
     for found in targets_in:
-        for target in _not_yet_known(found, names):
-            qw = quantize_rtn(target.weight, group_size=group_size, **how)
-            target.weight.copy_(dequantize(qw, target.weight.dtype))
-            weights[target.name] = qw
+        targets = _not_yet_known(found, names)
+        quantized = {
+            target.name: quantize_rtn(target.weight, group_size=group_size, **how)
+            for target in targets
+        }
+        _exchange(targets, quantized)
+        weights |= quantized
         for target in found:
             weights[target.name] = weights[names[target.weight.data_ptr()]]
     return weights
@@ -271,8 +273,8 @@ def _blocks_and_targets(
     require_most_inside(owner, model, name, flat, exclude)
     for target in flat:
         k = target.weight.shape[1]
-        fits = group_size == -1 or (group_size > 0 and k % group_size == 0)
-        require(fits, owner, "group_size", f"must divide K = {k} of {target.name}", group_size)
+        size = k if group_size == -1 else group_size
+        require_packable(owner, "group_size", size, k, target.name)
     return blocks, found
 
 
@@ -283,6 +285,18 @@ def _not_yet_known(found: Sequence[Target], names: dict[int, str]) -> list[Targe
         if names.setdefault(target.weight.data_ptr(), target.name) == target.name:
             new.append(target)
     return new
+
+
+def _exchange(targets: Sequence[Target], quantized: Mapping[str, QuantizedWeight]) -> None:
+    """Give a block its dequantised weights: all of them, or after an interruption none."""
+    before = [target.weight.clone() for target in targets]
+    try:
+        for target in targets:
+            target.weight.copy_(dequantize(quantized[target.name], target.weight.dtype))
+    except BaseException:  # Ctrl-C too
+        for target, weight in zip(targets, before, strict=True):
+            target.weight.copy_(weight)
+        raise
 
 
 def _quantize_block(

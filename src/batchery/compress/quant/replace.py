@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from batchery._core.validate import require
-from batchery.compress.quant.checkpoint import replace_module
+from batchery.compress.quant.checkpoint import carry_config, replace_module
 from batchery.compress.quant.experts import (
     PROJECTIONS,
     STACKS,
@@ -38,7 +38,7 @@ from batchery.compress.quant.experts import (
 )
 from batchery.compress.quant.linear import QuantLinear
 from batchery.compress.quant.partition import fold_act_order, join_outputs
-from batchery.compress.quant.weight import QuantizedWeight
+from batchery.compress.quant.weight import QuantizedWeight, act_order, require_packable
 
 __all__ = [
     "QuantGatedMLP",
@@ -57,7 +57,8 @@ def replace_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight]) ->
 
     All others stay as they are: excluded layers, embeddings, heads tied to them. The dense weights
     go one by one, unless something else holds them. A module that stands at several places is
-    replaced at each.
+    replaced at each. A transformers model's `save_pretrained` then writes what `save_quantized`
+    does by default.
 
     Args:
         model: changed in place.
@@ -67,9 +68,9 @@ def replace_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight]) ->
             that is called like it: see `experts`.
 
     Raises:
-        ValueError: a name is of no `nn.Linear` or expert of the usual form, experts are missing, a
-            weight has another shape or a group size that the kernels do not take; nothing has
-            been replaced in all cases but the last.
+        ValueError: a name is of no `nn.Linear` or expert of the usual form, experts are missing, or
+            a weight has another shape or a group size that the kernels do not take; nothing has
+            been replaced.
 
     Example:
         >>> from batchery.compress.quant.rtn import quantize_rtn
@@ -99,6 +100,8 @@ def replace_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight]) ->
         require(name in shapes, owner, "weights", rule, name)
         fits = qw.shape == shapes[name]
         require(fits, owner, f"weights[{name!r}]", f"must be {shapes[name]}", qw.shape)
+        require_packable(owner, "group_size", qw.group_size, qw.shape[1], name)
+        act_order(owner, qw)
     for name, experts in list(stacks.items()):
         absent = [own for own in experts if own not in weights]
         if len(absent) == len(experts):
@@ -117,6 +120,7 @@ def replace_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight]) ->
         if is_stacked(stack):
             new = unstacked(stack, names, partial(_expert_layer, weights, name))
             replace_everywhere(model, places, stack, new)
+    carry_config(model)
 
 
 def _expert_layer(

@@ -33,7 +33,7 @@ from batchery.compress.quant.formats_marlin import (
     unpack_marlin,
     unpack_marlin_24,
 )
-from batchery.compress.quant.weight import MIDDLE, QuantizedWeight
+from batchery.compress.quant.weight import MIDDLE, QuantizedWeight, require_packable
 
 __all__ = ["Format", "Scheme", "layers_of"]
 
@@ -179,7 +179,7 @@ class Scheme:
             where: the layer and its file, for errors.
 
         Raises:
-            ValueError: a tensor does not fit its format or the config; it is named.
+            ValueError: a tensor does not fit its format, the config or the kernels; it is named.
         """
         if self.family == "gptq":
             qw = unpack_gptq(tensors, version=self.version, symmetric=self.symmetric, where=where)
@@ -197,6 +197,7 @@ class Scheme:
         rule = f"must have groups of {', '.join(map(str, allowed))} columns as the config says"
         require(bool(same), "load_quantized", f"scales of {where}", rule, qw.group_size)
         self._require_all(tensors, qw, where)
+        require_packable("load_quantized", "group_size", qw.group_size, qw.shape[1], where)
         return qw
 
     def _require_all(self, tensors: Mapping[str, Tensor], qw: QuantizedWeight, where: str) -> None:

@@ -7,8 +7,9 @@
 needs none of the packages that transformers would ask for. It is explicit and reversible: the
 entries for these methods in transformers' table of configs are replaced until
 `disable_transformers()`. A config that is no four-bit weight with 16-bit activations still goes to
-transformers' own class. `save_pretrained` writes the format that was loaded; `dequantize()` gives
-back a dense model; Trainer and PEFT train adapters (see `lora_for_quantized`).
+transformers' own class. `save_pretrained` writes the format that was loaded, or GPTQ's version 2
+where `replace_linears` or `load_quantized` put the layers into a model; `dequantize()` gives back a
+dense model; Trainer and PEFT train adapters (see `lora_for_quantized`).
 
 Before loading, each linear layer whose words are in the files is replaced by a module of empty
 buffers named as in the files; afterwards each of those becomes a `QuantLinear`. So sharding and
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 from batchery._core.validate import import_extra, require
 from batchery.compress.quant.checkpoint import (
+    described,
     linear_named,
     quant_layers,
     quantized_state_dict,
@@ -40,6 +42,7 @@ from batchery.compress.quant.checkpoint import (
 )
 from batchery.compress.quant.experts import QuantExperts, layers_in_model
 from batchery.compress.quant.folder import SafetensorsFolder
+from batchery.compress.quant.linear import QuantLinear
 from batchery.compress.quant.scheme import METHODS, Format, Scheme, layers_of
 
 if TYPE_CHECKING:
@@ -111,6 +114,15 @@ def transformers_enabled() -> Iterator[None]:
     finally:
         if not before:
             disable_transformers()
+
+
+def attach_quantizer(model: Any) -> None:
+    """Let `save_pretrained` write a model whose layers were replaced after it was made."""
+    quantizer = ReplacedQuantizer(QuantLinearConfig(quant_method="gptq", bits=4))
+    model.hf_quantizer = quantizer
+    model.config.quantization_config = quantizer.quantization_config
+    if isinstance(model.get_output_embeddings(), QuantLinear):
+        model.config.tie_word_embeddings = False
 
 
 def from_pretrained(
@@ -238,7 +250,9 @@ class QuantLinearQuantizer(HfQuantizer):  # type: ignore[misc]
             replace_module(model, name, layer.to_linear(known))
         return model
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(
+        self, model: Any
+    ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """Return the state in the format that was loaded."""
         return quantized_state_dict(
             model, replace(self.scheme, version=self.scheme.version or 1)
@@ -257,6 +271,20 @@ class QuantLinearQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """Say that torch.compile works."""
         return True
+
+
+class ReplacedQuantizer(QuantLinearQuantizer):
+    """The hooks of a model that says only when it is saved which layers it has."""
+
+    def get_state_dict_and_metadata(
+        self, model: Any
+    ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """Return the state as `save_quantized` writes it by default, and complete the config."""
+        if not any(quant_layers(model)):  # adapters were merged into all
+            self.remove_quantization_config(model)
+            return None, {}
+        scheme, self.quantization_config.stored = described(model, "gptq_v2")
+        return quantized_state_dict(model, scheme), {}
 
 
 def _auto() -> Any:

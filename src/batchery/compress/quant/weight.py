@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from batchery._core.validate import integer, require, require_type
-from batchery.kernels.w4a16_layout import PackedW4, pack_w4
+from batchery.kernels.w4a16_layout import GROUPS, PackedW4, pack_w4
 
-__all__ = ["QuantizedWeight", "dequantize", "pack"]
+__all__ = ["QuantizedWeight", "dequantize", "pack", "require_packable"]
 
 LEVELS = 16
 MIDDLE = 8  # the zero of a symmetric weight
@@ -160,6 +160,21 @@ def pack(
     device = q.device if device is None else torch.device(device)
     packed = pack_w4(q, qw.scales, qw.zeros, gated=gated, device=device)
     return packed, None if permutation is None else permutation.to(device)
+
+
+def require_packable(owner: str, argument: str, group_size: int, k: int, where: str) -> None:
+    """Raise where the kernels take no groups of that size: before all work, not after it.
+
+    Args:
+        owner: what errors say.
+        argument: what the caller calls the size.
+        group_size: columns of a group.
+        k: K.
+        where: the layer.
+    """
+    fits = group_size == k or (group_size in GROUPS and k % group_size == 0)
+    rule = f"must be in {GROUPS} and divide K = {k} of {where}, or be K"
+    require(fits, owner, argument, rule, group_size)
 
 
 def act_order(owner: str, qw: QuantizedWeight) -> Tensor | None:
