@@ -289,31 +289,30 @@ def _digit_arm(arm: str) -> Callable[[Trial], Outcome]:
 
 
 def _draw(figure: Figure, result: dict[str, Any]) -> None:
-    figure.set_size_inches(7.2, 3.4)
+    figure.set_size_inches(8, 4)
     curves, steps, basins = figure.subplots(1, 3)
     size = SIZES[result["scale"]]
     for color, arm in enumerate(a for a in result["arms"] if "loss_large" in a["summary"]):
         series = [run["series"] for run in arm["runs"]]
         for row in series:
             curves.plot(row["batch"], row["loss"], "o-", color=f"C{color}", alpha=0.35)
-        curves.plot([], [], "o-", color=f"C{color}", label=arm["name"])
+        width = _draw_basin(basins, result["prepared"]["value"][arm["name"]]["large"], f"C{color}")
+        curves.plot([], [], "o-", color=f"C{color}", label=f"{arm['name']}{width}")
         _draw_steps(steps, series, size, f"C{color}")
-        _draw_basin(basins, result["prepared"]["value"][arm["name"]]["large"], f"C{color}")
     budget = [size.samples // batch for batch in size.batches]
     steps.plot(size.batches, budget, ":", color="0.4", label="budget (x: target not reached)")
     steps.plot([], [], "--", color="0.4", label="perfect scaling")
+    curves.set_yscale("log")
     steps.set_yscale("log", base=2)
     basins.axhline(BASIN, color="0.4", linewidth=0.8)
     basins.set_ylim(-0.02, 10 * BASIN)
     curves.set(xlabel="batch", ylabel="held-out loss (nats)")
     steps.set(xlabel="batch", ylabel=f"updates to a training loss of {size.target:g}")
-    basins.set(xlabel="lr over the best, largest batch", ylabel="loss over the best (nats)")
+    basins.set(xlabel="lr / best, largest batch", ylabel="loss over the best (nats)")
     for axes in (curves, steps, basins):
         axes.set_xscale("log", base=2)
-    if basins.get_legend_handles_labels()[0]:
-        basins.legend(title=f"width at {BASIN:g} nats")
     handles = [*curves.get_legend_handles_labels()[0], *steps.get_legend_handles_labels()[0]]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
 
 
 def _draw_steps(axes: Axes, series: list[dict[str, Any]], size: Size, color: str) -> None:
@@ -328,15 +327,16 @@ def _draw_steps(axes: Axes, series: list[dict[str, Any]], size: Size, color: str
     axes.plot(size.batches, perfect, "--", color=color, linewidth=0.8)
 
 
-def _draw_basin(axes: Axes, found: dict[str, Any], color: str) -> None:
-    """Draw the loss of the rates tried at the largest batch; the width stands in the legend."""
+def _draw_basin(axes: Axes, found: dict[str, Any], color: str) -> str:
+    """Draw the loss of the rates tried at the largest batch; return what the legend says of it."""
     rates = [(float(lr), loss) for lr, (loss,) in found.get("tried", {}).items()]
     known = [(lr, loss) for lr, loss in rates if loss is not None and math.isfinite(loss)]
-    if known:
-        best, least = min(known, key=lambda pair: pair[1])
-        points = [(lr / best, loss - least) for lr, loss in known]
-        label = f"{'' if found['width_is_whole'] else '≥ '}{found['width']:.1f} ×"
-        axes.plot(*zip(*points, strict=True), "o-", color=color, label=label)
+    if not known:
+        return ""
+    best, least = min(known, key=lambda pair: pair[1])
+    points = [(lr / best, loss - least) for lr, loss in known]
+    axes.plot(*zip(*points, strict=True), "o-", color=color)
+    return f" (basin {'' if found['width_is_whole'] else '≥ '}{found['width']:.1f} ×)"
 
 
 STUDY = Study(
