@@ -28,6 +28,7 @@ from batchery.kernels.w4a16_layout import PackedW4
 from batchery.studies.harness import environment
 
 BATCHES = (1, 8, 16, 32, 64)
+CONTEXTS = (64, 512)
 AIMS = {1: 2.3, 8: 2.3, 16: 2.3, 32: 1.8, 64: 1.3}  # of the specification: W4 over bfloat16
 ATTENTION = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
 ALIKE = 0.02  # relative difference of logits that bfloat16 may make in two layers
@@ -194,41 +195,44 @@ def seconds_per_step(model: Model, tokens: Tensor, cache: Cache, steps: int) -> 
 
 
 @torch.no_grad()
-def compare(
-    size: Size, batches: list[int], context: int, steps: int, device: torch.device
-) -> dict[str, Any]:
-    models = build(size, device)
-    found: dict[str, Any] = {"size": asdict(size), "context": context, "attention": {}}
-    found["tokens_per_s"] = {}
-    first = torch.arange(4, device=device)
-    short = replace(size, layers=2)
-    logits = {
-        name: Model(model.layers[:2], model.embedding, model.head)
-        .logits(first, new_cache(short, 4, context, device), layer_step)
+def difference(models: dict[str, Model], size: Size, device: torch.device) -> float:
+    """Relative difference of the arms' logits after two layers."""
+    first, cache = torch.arange(4, device=device), new_cache(replace(size, layers=2), 4, 64, device)
+    dense, small = (
+        Model(models[name].layers[:2], models[name].embedding, models[name].head)
+        .logits(first, cache, layer_step)
         .float()
-        for name, model in models.items()
+        for name in ("bfloat16", "W4")
+    )
+    return float((small - dense).norm() / dense.norm())
+
+
+@torch.no_grad()
+def compare(
+    models: dict[str, Model], size: Size, batch: int, context: int, steps: int, device: torch.device
+) -> dict[str, Any]:
+    """Time both arms, with the attention that is faster in each."""
+    cache = new_cache(size, batch, context, device)
+    tokens = torch.arange(batch, device=device)
+    found: dict[str, Any] = {
+        "batch": batch,
+        "context": context,
+        "attention": {},
+        "tokens_per_s": {},
     }
-    difference = (logits["W4"] - logits["bfloat16"]).norm() / logits["bfloat16"].norm()
-    found["logits_differ_by"] = float(difference)
-    print(f"logits of the arms differ by {found['logits_differ_by']:.4f}")
-    if not found["logits_differ_by"] < ALIKE:
-        raise RuntimeError(f"the arms do not compute the same: {found['logits_differ_by']:.3f}")
-    for batch in batches:
-        cache = new_cache(size, batch, context, device)
-        tokens = torch.arange(batch, device=device)
-        rates = {}
-        for name, model in models.items():
-            times = {}
-            for kind in ATTENTION:
-                with sdpa_kernel([kind, SDPBackend.MATH]):  # the latter where there is no other
-                    times[kind.name] = seconds_per_step(model, tokens.clone(), cache, steps)
-            fastest = min(times, key=lambda kind: times[kind])
-            rates[name] = batch / times[fastest]
-            found["attention"].setdefault(name, {})[str(batch)] = fastest
-        found["tokens_per_s"][str(batch)] = rates
-        line = f"batch {batch:3d}: " + ", ".join(f"{n} {r:,.0f}" for n, r in rates.items())
-        aim = f" (aim {AIMS[batch]})" if batch in AIMS and size == SIZES["8B"] else ""
-        print(f"{line} tokens/s, {rates['W4'] / rates['bfloat16']:.2f} x{aim}", flush=True)
+    for name, model in models.items():
+        times = {}
+        for kind in ATTENTION:
+            with sdpa_kernel([kind, SDPBackend.MATH]):  # the latter where there is no other
+                times[kind.name] = seconds_per_step(model, tokens.clone(), cache, steps)
+        fastest = min(times, key=lambda kind: times[kind])
+        found["attention"][name] = fastest
+        found["tokens_per_s"][name] = batch / times[fastest]
+    rates = found["tokens_per_s"]
+    line = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
+    aim = f" (aim {AIMS[batch]})" if batch in AIMS and size == SIZES["8B"] else ""
+    ratio = found["ratio"] = rates["W4"] / rates["bfloat16"]
+    print(f"{batch:3d} x {context} tokens: {line} tokens/s, {ratio:.2f} x{aim}", flush=True)
     return found
 
 
@@ -237,7 +241,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", choices=SIZES, help="8B on CUDA, else tiny")
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
-    parser.add_argument("--context", type=int, default=512, help="tokens in the cache")
+    parser.add_argument(
+        "--contexts", type=int, nargs="+", default=list(CONTEXTS), help="tokens in the cache"
+    )
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -247,7 +253,16 @@ def main() -> None:
     found: dict[str, Any] = {"date": date.today().isoformat(), "torch": torch.__version__}
     found["environment"] = environment(device)
     found["device"] = torch.cuda.get_device_name() if on_cuda else "CPU"
-    found |= compare(size, options.batches, options.context, options.steps, device)
+    models = build(size, device)
+    found["size"], found["logits_differ_by"] = asdict(size), difference(models, size, device)
+    print(f"logits of the arms differ by {found['logits_differ_by']:.4f}")
+    if not found["logits_differ_by"] < ALIKE:
+        raise RuntimeError(f"the arms do not compute the same: {found['logits_differ_by']:.3f}")
+    found["steps"] = [
+        compare(models, size, batch, context, options.steps, device)
+        for context in options.contexts
+        for batch in options.batches
+    ]
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
