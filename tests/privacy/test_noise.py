@@ -8,38 +8,21 @@ from fractions import Fraction
 import mpmath
 import numpy as np
 import pytest
+from exact_laws import Script, exact_mass, exact_pmf, p_value
 from scipy import stats
 
-from batchery.privacy import DiscreteNoise, discrete_gaussian, discrete_laplace
-from batchery.privacy import noise as module
-from batchery.privacy.noise import (
-    BitSource,
-    Law,
-    bernoulli_exp,
-    cumulative,
-    exp_bounds,
-    exponential,
-    resolve,
-    round_up,
+from batchery.privacy import (
+    DiscreteNoise,
+    device_noise,
+    discrete_gaussian,
+    discrete_laplace,
+    law,
 )
+from batchery.privacy import noise as module
+from batchery.privacy.law import Law, cumulative, exp_bounds, resolve
+from batchery.privacy.noise import BitSource, bernoulli_exp, exponential, round_up
 
 pytestmark = pytest.mark.filterwarnings("ignore:noise from insecure_seed")
-
-
-def exact_mass(kind, scale, x):
-    """P(x) · normaliser, in 60 digits."""
-    scale = mpmath.mpf(scale.numerator) / scale.denominator
-    return mpmath.exp(
-        -(mpmath.mpf(x) ** 2) / (2 * scale) if kind == "gaussian" else -abs(x) / scale
-    )
-
-
-def exact_pmf(kind, scale, width):
-    """Probabilities of -width … width, the normaliser over all that can be told from 0."""
-    with mpmath.workdps(60):
-        mass = [exact_mass(kind, scale, x) for x in range(20 * width)]
-        total = mass[0] + 2 * mpmath.fsum(mass[1:])
-        return [float(mass[abs(x)] / total) for x in range(-width, width + 1)]
 
 
 @pytest.mark.parametrize(
@@ -61,6 +44,8 @@ LAWS = [
     Law("gaussian", Fraction(1000), 4),
     Law("laplace", Fraction(1, 3), 1),
     Law("laplace", Fraction(7, 2), 2),
+    Law("gaussian", Fraction(5, 2), 1, halved=True),
+    Law("laplace", Fraction(1, 3), 1, halved=True),
 ]
 
 
@@ -73,24 +58,14 @@ def test_every_entry_of_a_table_is_the_floor_of_the_exact_distribution(law, bits
         while not mass or mass[-1] > mpmath.mpf(10) ** -95:
             mass.append(exact_mass(law.kind, law.scale, k * law.step))
             k += 1
+        if law.halved:
+            mass[0] /= 2
         total, below = mpmath.fsum(mass), mpmath.mpf(0)
         for k, entry in enumerate(table):
             below += mass[k]
             assert entry == int(mpmath.floor(below / total * 2**bits))
     assert table[-1] == 2**bits - 1
     assert table[-2:-1] != [2**bits - 1]
-
-
-class Script:
-    """A source that hands out prepared words, to look at one branch."""
-
-    def __init__(self, *words):
-        self.prepared = list(words)
-
-    def words(self, n):
-        taken, self.prepared = self.prepared[:n], self.prepared[n:]
-        assert len(taken) == n
-        return np.array(taken, np.uint64)
 
 
 @pytest.mark.parametrize("law", LAWS, ids=str)
@@ -207,17 +182,6 @@ def test_the_sampler_is_exact_in_every_branch(law):
         assert wanted <= float(high) * (1 + 1e-12)
 
 
-def p_value(samples, kind, scale):
-    """χ² of samples against the exact law, in cells that expect at least ten."""
-    width = int(np.abs(samples).max())
-    expected = np.array(exact_pmf(kind, scale, width)) * samples.size
-    observed = np.bincount(samples + width, minlength=2 * width + 1)
-    cell = np.minimum(np.cumsum(expected) // 10, (samples.size - 10) // 10).astype(int)
-    cell = np.unique(cell, return_inverse=True)[1]
-    observed, expected = np.bincount(cell, observed), np.bincount(cell, expected)
-    return stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue
-
-
 @pytest.mark.parametrize(
     ("kind", "scale"),
     [
@@ -318,8 +282,9 @@ def test_by_default_bits_come_from_the_system(monkeypatch):
     assert repr(noise) == "DiscreteNoise()"
 
 
-def test_no_float_is_in_the_samplers():
-    for node in ast.walk(ast.parse(open(module.__file__).read())):
+@pytest.mark.parametrize("file", [module, law, device_noise], ids=lambda file: file.__name__)
+def test_no_float_is_in_the_samplers(file):
+    for node in ast.walk(ast.parse(open(file.__file__).read())):
         assert not (isinstance(node, ast.Constant) and isinstance(node.value, float | complex))
         assert not isinstance(node, ast.Div)
         assert not (isinstance(node, ast.Name) and node.id in ("float", "math"))

@@ -19,8 +19,9 @@ from fractions import Fraction
 from typing import Literal
 
 from batchery.privacy.accounting import Budget, golden_section
+from batchery.privacy.law import NoiseKind
 from batchery.privacy.mechanism import calibrate, tail
-from batchery.privacy.noise import NoiseKind, round_up
+from batchery.privacy.noise import round_up
 from batchery.privacy.running_sum import Design, law_variance
 
 ReleaseKind = Literal["gaussian", "laplace", "exponential"]

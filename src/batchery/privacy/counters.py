@@ -229,7 +229,7 @@ class TreeCounter(Counter):
         clip: keep the promise: `"l2"` shortens rows, `"linf"` clamps entries.
         adjacency: what clipping has to hide: a record replaced by another, or by a row of zeros.
         noise: draws the noise in place of the sampler's own; for tests.
-        device: of the sums.
+        device: of the sums; on a CUDA device exact noise is drawn there.
         dtype: of float sums and noise.
 
     Raises:

@@ -43,8 +43,8 @@ from torch import Tensor
 from batchery._core.validate import integer, one_of, require, require_type
 from batchery.privacy.accounting import Budget
 from batchery.privacy.counters import Adjacency, Clip, Counter
+from batchery.privacy.law import NoiseKind
 from batchery.privacy.mechanism import State, calibrate, exact
-from batchery.privacy.noise import NoiseKind
 from batchery.privacy.noise_rows import Noise, Sampler
 from batchery.privacy.running_sum import Design, NoisySum, Place, RunningSum
 from batchery.privacy.toeplitz import (

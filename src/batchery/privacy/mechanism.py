@@ -33,7 +33,8 @@ from torch import Tensor
 from batchery._core.state import check_fits
 from batchery._core.validate import integer, one_of, require, require_type
 from batchery.privacy.accounting import Budget
-from batchery.privacy.noise import LARGEST, DiscreteNoise, NoiseKind, round_up
+from batchery.privacy.law import NoiseKind
+from batchery.privacy.noise import LARGEST, DiscreteNoise, round_up
 from batchery.privacy.noise_rows import FloatNoise, Noise, Sampler
 
 State = dict[str, Any]
@@ -118,7 +119,7 @@ class Mechanism(ABC):
         budget: what all releases together may spend.
         sampler: `"discrete"` for exact integer noise, `"float"` for research.
         noise: draws the noise in place of the sampler's own; for tests.
-        device: of the sums; float noise is drawn there.
+        device: of the sums; noise is drawn there, exact noise if `DiscreteNoise` can.
         dtype: of float sums and noise.
 
     Attributes:
@@ -154,7 +155,7 @@ class Mechanism(ABC):
         if noise is not None:
             self.noise = noise
         elif sampler == "discrete":
-            self.noise = DiscreteNoise()
+            self.noise = DiscreteNoise(device=self.device)
         else:
             self.noise = FloatNoise(device=self.device, dtype=dtype)
         self.dtype = torch.int64 if sampler == "discrete" else dtype

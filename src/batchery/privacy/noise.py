@@ -13,6 +13,9 @@ With φ(x) = x²/(2σ²) or |x|/b rational, P(x) ∝ exp(-φ(x)) over all intege
     r    uniform, kept with probability exp(-(φ(ks+r) - φ(ks)))
     sign one bit; -0 is drawn again
 
+On a CUDA device the words of narrow laws come from a cipher, and are searched for there: see
+`batchery.privacy.device_noise`.
+
 Bernoulli(exp(-γ)) for rational γ <= 1 is the parity of the first failure among Bernoulli(γ/i),
 i = 1, 2, …; for larger γ, that of 1 as often as γ holds it, and of what is left.
 
@@ -25,39 +28,26 @@ sample; inversion needs one up to σ = 256 or b = 32, and three above, where r i
 table is as exact, being compared bit by bit until it decides.
 """
 
-import bisect
 import os
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from batchery._core.validate import integer, one_of, require, require_type
+from batchery.privacy.device_noise import can_draw, draw_on
+from batchery.privacy.law import BITS, Ints, Law, NoiseKind, Source, Words, cumulative, resolve
 
-Ints = npt.NDArray[np.int64]
-Words = npt.NDArray[np.uint64]
 Bools = npt.NDArray[np.bool_]
-NoiseKind = Literal["gaussian", "laplace"]
 
 LARGEST = 1 << 61  # of a wide scale's numerator: products with it stay within words
-_BITS = 63  # of a word; the last one is the sign
 _ENTRIES = {"gaussian": 256, "laplace": 32}  # of a table, per unit of the coarse scale
 _CHUNK = 1 << 14  # samples whose words stay in the cache
-
-
-class Source(Protocol):
-    """Where uniform randomness comes from."""
-
-    def words(self, n: int) -> Words:
-        """Return `n` uniform 64-bit words."""
-
-    def below(self, bound: int, n: int) -> Words:
-        """Return `n` uniform integers in [0, bound)."""
 
 
 class BitSource:
@@ -159,124 +149,27 @@ def _bernoulli_exp_below_one(numerators: Words, denominator: int, source: Source
     return result
 
 
-def exp_bounds(exponent: Fraction, bits: int) -> tuple[int, int]:
-    """Return integers around 2^bits · exp(-exponent), at most 2 apart.
-
-    Args:
-        exponent: at least 0.
-        bits: precision.
-    """
-    halvings = (exponent.numerator // exponent.denominator).bit_length() + 8
-    precision = bits + halvings + 40
-    one = 1 << precision
-    # exp(-x) with x = exponent / 2^halvings <= 2^-8 by its series; every rounding is below 2 units,
-    # and what the rounding of x adds stays below one.
-    x = (exponent.numerator << (precision - halvings)) // exponent.denominator
-    term, total, count = one, one, 1
-    while term:
-        term = ((term * x) >> precision) // count
-        total += -term if count & 1 else term
-        count += 1
-    error = 4 * count + 8
-    for _ in range(halvings):  # squaring v <= 1 doubles its error, rounds, and adds a square of it
-        total = (total * total) >> precision
-        error = 2 * error + 2
-    down = precision - bits
-    return max(0, (total - error) >> down), ((total + error) >> down) + 1
-
-
-@dataclass(frozen=True)
-class Law:
-    """P(x) ∝ exp(-φ(x)) on the integers.
-
-    Attributes:
-        kind: φ(x) = x²/(2 scale) for `"gaussian"`, |x|/scale for `"laplace"`.
-        scale: the variance parameter σ², or b.
-        step: s, the spacing of the table; a power of two.
-    """
-
-    kind: NoiseKind
-    scale: Fraction
-    step: int
-
-    def exponent(self, x: int) -> Fraction:
-        """Return φ(x)."""
-        return x * x * self._rate() if self.kind == "gaussian" else x * self._rate()
-
-    def _rate(self) -> Fraction:
-        top, bottom = self.scale.denominator, self.scale.numerator
-        return Fraction(top, 2 * bottom if self.kind == "gaussian" else bottom)
-
-    def extra(self, coarse: Ints, fine: Ints) -> tuple[Words, int]:
-        """Return numerators and the denominator of φ(coarse + fine) - φ(coarse)."""
-        rate = self._rate()
-        square = self.kind == "gaussian"
-        more = fine * (2 * coarse + fine) if square else fine
-        return (more * np.int64(rate.numerator)).view(np.uint64), rate.denominator
-
-
-@lru_cache(maxsize=64)
-def cumulative(law: Law, bits: int) -> list[int]:
-    """Return ⌊2^bits F(k)⌋ for k = 0, 1, … up to the first that is 2^bits - 1.
-
-    F is the distribution function of the magnitude's coarse part k: P(k) ∝ exp(-φ(k · step)).
-    Every entry is exact: bounds are narrowed until both have the same floor.
-    """
-    precision = bits + 64
-    while (found := _cumulative(law, bits, precision)) is None:
-        precision += 64
-    return found
-
-
-def _cumulative(law: Law, bits: int, precision: int) -> list[int] | None:
-    weights: list[tuple[int, int]] = []
-    while not weights or weights[-1][1] > 2:
-        weights.append(exp_bounds(law.exponent(len(weights) * law.step), precision))
-    # φ is convex: the rest is below a geometric series, w / (1 - exp(-δ)) <= w (1 + 1/δ).
-    last = len(weights) - 1
-    delta = law.exponent(law.step * len(weights)) - law.exponent(law.step * last)
-    rest = weights[-1][1] * (2 + delta.denominator // delta.numerator)
-    least, most = (sum(pair[side] for pair in weights) for side in (0, 1))
-    low = high = 0
-    found = []
-    for lower, upper in weights:
-        low, high = low + lower, high + upper
-        floor = (low << bits) // (most + rest)
-        found.append(floor)
-        if floor == (1 << bits) - 1:  # F < 1: no bound is needed from above
-            return found
-        if floor != (high << bits) // least:
-            return None
-    return None
-
-
-def resolve(law: Law, word: int, bits: int, source: Source) -> int:
-    """Return the k that the uniform number 0.word… belongs to, drawing the bits it takes.
-
-    Args:
-        law: whose table is meant.
-        word: the first `bits` bits, an integer.
-        bits: their number.
-        source: of the further bits.
-    """
-    while True:
-        table = cumulative(law, bits)
-        k = bisect.bisect_right(table, word)
-        if k == 0 or table[k - 1] != word:
-            return k
-        word = (word << 64) | int(source.words(1)[0])
-        bits += 64
-
-
-@lru_cache(maxsize=64)
-def _prepared(kind: NoiseKind, scale: Fraction) -> tuple[Law, Words]:
+def law_of(kind: NoiseKind, scale: Fraction) -> Law:
+    """Return a law with the step of its table on the CPU; see `DiscreteNoise.sample`."""
+    one_of("draw", "kind", kind, _ENTRIES)
+    rational = isinstance(scale, int | Fraction) and not isinstance(scale, bool)
+    require_type(rational, "draw", "scale", "must be an int or a Fraction", scale)
+    require(scale > 0, "draw", "scale", "must be > 0", scale)
     # In steps of the table σ, or b, is at most _ENTRIES; of the Gaussian law σ² is given.
     limit = _ENTRIES[kind]
     step = 1
     while scale > (limit * step if kind == "laplace" else (limit * step) ** 2):
         step *= 2
-    law = Law(kind, scale, step)
-    return law, np.array(cumulative(law, _BITS), np.uint64)
+    law = Law(kind, Fraction(scale), step)
+    if step > 1:
+        small = law.scale.numerator < LARGEST
+        require(small, "draw", "scale", "must have a numerator below 2^61", scale)
+    return law
+
+
+@lru_cache(maxsize=64)
+def _table(law: Law) -> Words:
+    return np.array(cumulative(law, BITS), np.uint64)
 
 
 def _some(law: Law, table: Words, n: int, source: Source) -> Ints:
@@ -285,7 +178,7 @@ def _some(law: Law, table: Words, n: int, source: Source) -> Ints:
     uniform = words >> np.uint64(1)
     k = np.searchsorted(table, uniform, side="right").astype(np.int64, copy=False)
     for at in np.flatnonzero(table[k - 1] == uniform):
-        k[at] = resolve(law, int(uniform[at]), _BITS, source)
+        k[at] = resolve(law, int(uniform[at]), BITS, source)
     minus = (words & np.uint64(1)).view(np.int64)
     if law.step > 1:
         fine = source.below(law.step, n).view(np.int64)
@@ -302,8 +195,12 @@ def _some(law: Law, table: Words, n: int, source: Source) -> Ints:
 class DiscreteNoise:
     """Exact integer noise.
 
+    On a CUDA device it is drawn there, of scales up to σ = 4096 or b = 512. That of wider laws, or
+    with a seed, or without Triton, is drawn on the CPU and moved: slower, and the same law.
+
     Args:
-        insecure_seed: for tests only; see `BitSource`.
+        device: of the noise, which then comes as tensors; without one, as arrays.
+        insecure_seed: for tests only; see `BitSource`. It draws the same on every device.
 
     Example:
         >>> noise = DiscreteNoise()
@@ -312,11 +209,17 @@ class DiscreteNoise:
         (dtype('int64'), (2, 3))
     """
 
-    def __init__(self, *, insecure_seed: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        device: torch.device | str | None = None,
+        insecure_seed: int | None = None,
+    ) -> None:
         """Open the source of bits; see the class."""
+        self.device = None if device is None else torch.device(device)
         self.source = BitSource(insecure_seed=insecure_seed)
 
-    def sample(self, kind: NoiseKind, scale: Fraction, shape: tuple[int, ...]) -> Ints:
+    def sample(self, kind: NoiseKind, scale: Fraction, shape: tuple[int, ...]) -> Any:
         """Draw independent integers.
 
         Args:
@@ -326,13 +229,18 @@ class DiscreteNoise:
             shape: of the result.
 
         Returns:
-            int64 array of that shape.
+            int64 array of that shape, or with a device a tensor there.
 
         Raises:
             TypeError: the scale is a float, which would not be the number that was meant.
             ValueError: it is not positive, or above 256 with a numerator of 2^61 or more.
         """
-        return draw(kind, scale, shape, self.source)
+        law = law_of(kind, scale)
+        if self.device is None:
+            return draw(law, shape, self.source)
+        if self.source.insecure_seed is None and can_draw(law, self.device):
+            return draw_on(self.device, law, shape, self.source)
+        return torch.from_numpy(draw(law, shape, self.source)).to(self.device)
 
     def select(self, scores: Ints, coefficient: Fraction) -> int:
         """Draw index j with probability proportional to exp(coefficient · scores[j]), exactly."""
@@ -347,21 +255,16 @@ class DiscreteNoise:
         self.source.load(state)
 
     def __repr__(self) -> str:
-        """Show a seed where there is one."""
-        seed = self.source.insecure_seed
-        return "DiscreteNoise()" if seed is None else f"DiscreteNoise(insecure_seed={seed})"
+        """Show the device and the seed where there are."""
+        device = None if self.device is None else str(self.device)
+        given = {"device": device, "insecure_seed": self.source.insecure_seed}
+        shown = [f"{name}={value!r}" for name, value in given.items() if value is not None]
+        return f"DiscreteNoise({', '.join(shown)})"
 
 
-def draw(kind: NoiseKind, scale: Fraction, shape: tuple[int, ...], source: Source) -> Ints:
-    """Draw integers of a law from a source; see `DiscreteNoise.sample`."""
-    one_of("draw", "kind", kind, _ENTRIES)
-    rational = isinstance(scale, int | Fraction) and not isinstance(scale, bool)
-    require_type(rational, "draw", "scale", "must be an int or a Fraction", scale)
-    require(scale > 0, "draw", "scale", "must be > 0", scale)
-    law, table = _prepared(kind, Fraction(scale))
-    if law.step > 1:
-        small = law.scale.numerator < LARGEST
-        require(small, "draw", "scale", "must have a numerator below 2^61", scale)
+def draw(law: Law, shape: tuple[int, ...], source: Source) -> Ints:
+    """Draw integers of a law on the CPU, an array of a shape, with words of a source."""
+    table = _table(law)
     count = 1
     for length in shape:
         count *= length
@@ -423,7 +326,7 @@ def discrete_gaussian(
         True
     """
     lengths = _as_shape("discrete_gaussian", shape)
-    return DiscreteNoise(insecure_seed=insecure_seed).sample("gaussian", sigma2, lengths)
+    return draw(law_of("gaussian", sigma2), lengths, BitSource(insecure_seed=insecure_seed))
 
 
 def discrete_laplace(
@@ -444,7 +347,7 @@ def discrete_laplace(
         True
     """
     lengths = _as_shape("discrete_laplace", shape)
-    return DiscreteNoise(insecure_seed=insecure_seed).sample("laplace", scale, lengths)
+    return draw(law_of("laplace", scale), lengths, BitSource(insecure_seed=insecure_seed))
 
 
 def _as_shape(owner: str, shape: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from batchery._core.validate import one_of
-from batchery.privacy.noise import DiscreteNoise, NoiseKind
+from batchery.privacy.law import NoiseKind
+from batchery.privacy.noise import DiscreteNoise
 
 Sampler = Literal["discrete", "float"]
 _BLOCK = 1 << 14  # numbers drawn at once

@@ -197,7 +197,7 @@ class Fired:
         self.plan = plan
         self.noise = noise
         self.sums = sums
-        self.queries = NoiseRows(noise, "laplace", plan.query_scale, ())
+        self.queries = NoiseRows(noise, "laplace", plan.query_scale, (), "cpu")
         self.held = 0
         self.firings = 0
         self.threshold: float | None = None  # with its noise; drawn once a release, and kept

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from batchery.privacy.noise import NoiseKind
+from batchery.privacy.law import NoiseKind
 from batchery.privacy.noise_rows import Noise, NoiseRows
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from batchery.privacy.accounting import Budget
+from batchery.privacy.law import NoiseKind
 from batchery.privacy.mechanism import calibrate
-from batchery.privacy.noise import NoiseKind
 from batchery.privacy.running_sum import NoisySum, Place, RunningSum, law_variance
 
 Estimator = Literal["prefix", "honaker"]
