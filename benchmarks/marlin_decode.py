@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,7 +88,13 @@ def rotated(x: Tensor, turn: Tensor) -> Tensor:
 
 
 def layer_step(
-    h: Tensor, update: Tensor, layer: Layer, pairs: Tensor, place: Tensor, turn: Tensor
+    h: Tensor,
+    update: Tensor,
+    layer: Layer,
+    pairs: Tensor,
+    place: Tensor,
+    turn: Tensor,
+    attention: SDPBackend = SDPBackend.MATH,
 ) -> tuple[Tensor, Tensor]:
     """Bring hidden states `(B, hidden)` through a layer; the cache takes the new token.
 
@@ -102,7 +109,8 @@ def layer_step(
     pairs.index_copy_(3, place, torch.stack([rotated(k, turn), v])[:, :, :, None])
     # Queries that share keys stand as rows of one head; all see the whole cache.
     q = rotated(q, turn).reshape(batch, kv_heads, -1, head)
-    y = F.scaled_dot_product_attention(q, pairs[0], pairs[1]).reshape(batch, -1)
+    with sdpa_kernel([attention, SDPBackend.MATH]):  # the latter where there is no other
+        y = F.scaled_dot_product_attention(q, pairs[0], pairs[1]).reshape(batch, -1)
     h = h + product(y, layer.out)
     x = F.rms_norm(h, (hidden,), layer.norms[1], 1e-5)
     return h, product(gated(x, layer.gate_up), layer.down)
@@ -164,15 +172,18 @@ def new_cache(size: Size, batch: int, context: int, device: torch.device) -> Cac
     return Cache(pairs, place, torch.stack([angles.cos(), angles.sin()]).bfloat16())
 
 
-def seconds_per_step(model: Model, tokens: Tensor, cache: Cache, steps: int) -> float:
+def seconds_per_step(
+    model: Model, tokens: Tensor, cache: Cache, attention: SDPBackend, steps: int
+) -> float:
     """Best of three times of a step that chooses the next tokens, in a graph on CUDA."""
+    step = partial(layer_step, attention=attention)
     if not tokens.is_cuda:
         begin = time.perf_counter()
         for _ in range(steps):
-            tokens.copy_(model.logits(tokens, cache, layer_step).argmax(-1))
+            tokens.copy_(model.logits(tokens, cache, step).argmax(-1))
         return (time.perf_counter() - begin) / steps
     torch.compiler.reset()  # or the batches together exceed what one function may be compiled for
-    compiled = torch.compile(layer_step, dynamic=False, fullgraph=True)
+    compiled = torch.compile(step, dynamic=False, fullgraph=True)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -223,8 +234,7 @@ def compare(
     for name, model in models.items():
         times = {}
         for kind in ATTENTION:
-            with sdpa_kernel([kind, SDPBackend.MATH]):  # the latter where there is no other
-                times[kind.name] = seconds_per_step(model, tokens.clone(), cache, steps)
+            times[kind.name] = seconds_per_step(model, tokens.clone(), cache, kind, steps)
         fastest = min(times, key=lambda kind: times[kind])
         found["attention"][name] = fastest
         found["tokens_per_s"][name] = batch / times[fastest]
