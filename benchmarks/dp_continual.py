@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--samples", type=int, default=1_000_000)
     parser.add_argument("--device-samples", type=int, default=1 << 26)
-    parser.add_argument("--width", type=int, default=1_000_000)
+    parser.add_argument("--widths", type=int, nargs="+", default=[65_536, 1_000_000])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -196,7 +196,7 @@ def main() -> None:
     found["noise"] = noise(options.samples)
     if device.type == "cuda":
         found["device_noise"] = device_noise(device, options.device_samples)
-    found["wide"] = wide(device, options.width, options.repeats)
+    found["wide"] = [wide(device, width, options.repeats) for width in options.widths]
     found["squared_error"] = squared_error(1000)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
