@@ -192,7 +192,7 @@ class Hardness:
     def check(self, examples: Tensor) -> None:
         """Raise `IndexError` when an index lies outside the data set."""
         # As unsigned, what is negative lies beyond all: one look instead of two.
-        if len(examples) and examples.numpy().view(np.uint64).max() >= self.examples:
+        if examples.numel() and examples.numpy().view(np.uint64).max() >= self.examples:
             low, high = (int(end) for end in torch.aminmax(examples))
             rule, got = f"indices must be >= 0 and < {self.examples}", low if low < 0 else high
             raise IndexError(f"HardBatchSampler: {rule}, got {got}")
