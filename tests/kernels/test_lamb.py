@@ -166,7 +166,8 @@ def test_found_inf_leaves_everything_alone(kernel_device):
     steps = [torch.ones((), device=kernel_device) for _ in params]
     grads = [torch.full_like(p, torch.inf) for p in params]
     table = ChunkTable(params, chunk=512)
-    fused_cuda(
+    table.partials[0], table.partials[1] = 4.0, 9.0  # of an earlier step
+    ratios = fused_cuda(
         (params, grads, *moments, steps),
         rule,
         0.1,
@@ -178,6 +179,7 @@ def test_found_inf_leaves_everything_alone(kernel_device):
     )
     assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
     assert all(float(m.abs().sum()) == 0 for ms in moments for m in ms)
+    assert ratios.tolist() == [1.0] * len(params)  # as on the CPU
 
 
 def test_a_nan_stays_in_its_tensor_and_reaches_all_of_it(kernel_device):

@@ -142,7 +142,9 @@ def test_found_inf_leaves_everything_alone(kernel_device):
     grads = [torch.full_like(p, torch.inf) for p in params]
     buffers = [torch.zeros_like(p) for p in params]
     flag = torch.ones((), device=kernel_device)
-    lists = (params, grads, buffers)
-    fused_cuda(lists, LarsRule(), 0.1, ChunkTable(params), first=True, found_inf=flag)
+    lists, table = (params, grads, buffers), ChunkTable(params)
+    table.partials[0], table.partials[1] = 4.0, 9.0  # of an earlier step
+    ratios = fused_cuda(lists, LarsRule(), 0.1, table, first=True, found_inf=flag)
     assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
     assert all(float(b.abs().sum()) == 0 for b in buffers)
+    assert ratios.tolist() == [1.0] * len(params)  # as on the CPU

@@ -6,7 +6,15 @@ import time
 import pytest
 import torch
 from dist_ranks import run_on_ranks
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from batchery.optim import DecayTrigger, WSDScheduler
 
@@ -152,6 +160,20 @@ def test_a_time_budget_starts_the_decay_in_time(tmp_path, monkeypatch):
     )
     assert scheduler.decay_start == 25
     assert len(rates) == 50
+
+
+def test_a_budget_spent_before_the_first_update_waits_for_it(tmp_path):
+    """A first step that overflows in fp16 leaves the rate at 0, from where nothing can fall."""
+    scheduler = WSDScheduler(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), 2)
+    trigger = DecayTrigger(flops=1.0, flops_per_step=1.0, num_decay=5, save=False)
+    args, control = TrainingArguments(str(tmp_path), use_cpu=True), TrainerControl()
+    state = TrainerState(global_step=1)
+    trigger.on_step_end(args, state, control, lr_scheduler=scheduler)
+    assert scheduler.phase == "warmup"
+    scheduler.optimizer.step()
+    scheduler.step()
+    trigger.on_step_end(args, state, control, lr_scheduler=scheduler)
+    assert scheduler.decay_start == 1
 
 
 def _first_due(rank, kinds, signalled):

@@ -114,16 +114,21 @@ def test_bfloat16_and_resume_are_exact(tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
 
 
-def test_the_state_of_sgd_is_a_warm_start():
-    params = weights()
-    sgd = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_state_of_sgd_is_a_warm_start_under_our_own_settings(momentum):
+    params = weights(dtype=torch.bfloat16)
+    sgd = torch.optim.SGD(params, lr=0.01, momentum=momentum, dampening=0.1, fused=True)
     trajectory(sgd, params, 2)
-    kept = [sgd.state[p]["momentum_buffer"].clone() for p in params]
-    ours = LARS(params, lr=0.1, adapt=False)
+    kept = [sgd.state[p].get("momentum_buffer") for p in params]
+    ours = LARS(params, lr=2.0, weight_decay=0.1)
+    settings = dict(ours.param_groups[0])
     ours.load_state_dict(copy.deepcopy(sgd.state_dict()))
-    assert all(
-        torch.equal(ours.state[p]["momentum_buffer"], k) for p, k in zip(params, kept, strict=True)
-    )
+    assert ours.param_groups[0] == settings
+    for p, buffer in zip(params, kept, strict=True):
+        held = ours.state[p].get("momentum_buffer")
+        assert held is None if momentum == 0 else torch.equal(held, buffer.float())
+    trajectory(ours, params, 1)
+    assert all(ratio.item() != 1.0 for ratio in ours.trust_ratios().values())
 
 
 @pytest.mark.parametrize(
@@ -136,6 +141,9 @@ def test_the_state_of_sgd_is_a_warm_start():
         ({"variant": "other"}, "LARS: variant must be one of 'grad', 'update', 'momentum'"),
         ({"nesterov": True, "momentum": 0.0}, "LARS: nesterov needs momentum > 0"),
         ({"nesterov": True, "dampening": 0.1}, "LARS: nesterov needs momentum > 0"),
+        ({"variant": "momentum", "nesterov": True}, "nesterov has no part in variant 'momentum'"),
+        ({"variant": "momentum", "dampening": 0.1}, "dampening has .* leave it out, got 0.1"),
+        ({"variant": "momentum", "lr_in_momentum": True}, "LARS: lr_in_momentum has no part"),
         ({"trust_clip": (1, 1)}, r"LARS: trust_clip must be one of True, False, got \(1, 1\)"),
     ],
 )
@@ -216,16 +224,5 @@ def test_the_fused_kernels_agree_with_the_loop():
     )
     one[3].data = one[3].data.to(memory_format=torch.channels_last)
     kinds = {"lr": 0.5, "weight_decay": 0.1, "nesterov": True}
-    fused, loop = LARS(one, fused=True, **kinds), LARS(two, foreach=False, **kinds)
-    assert_paths(trajectory(fused, one), trajectory(loop, two), 1e-5)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
-def test_parameters_on_another_device_than_the_current_one_step_there():
-    one = [nn.Parameter(p.detach().to("cuda:1")) for p in weights(dtype=torch.float32)]
-    two = [nn.Parameter(p.detach().clone()) for p in one]
-    assert torch.cuda.current_device() == 0
-    kinds = {"lr": 0.1, "weight_decay": 0.01}
     fused, loop = LARS(one, fused=True, **kinds), LARS(two, foreach=False, **kinds)
     assert_paths(trajectory(fused, one), trajectory(loop, two), 1e-5)

@@ -93,7 +93,7 @@ def test_fraction_is_of_the_total():
 # decided while training
 
 
-@pytest.mark.parametrize("at", [0, 3, 10, 11, 90])
+@pytest.mark.parametrize("at", [3, 10, 11, 90])
 def test_a_fork_replays_a_planned_run(at):
     """From any stable step; before the end of the warm-up the fork goes on from what it reached."""
     trunk = WSDScheduler(sgd(), 10)
@@ -129,6 +129,22 @@ def test_start_decay_equals_a_planned_run_and_is_refused_twice():
     assert scheduler.time_left() == 0
     with pytest.raises(ValueError, match="started at 40 steps"):
         scheduler.start_decay()
+
+
+def test_a_decay_from_a_rate_of_zero_is_refused():
+    """It would hold the rate at 0 for ever."""
+    scheduler = WSDScheduler(sgd(), 5)
+    for method in (scheduler.start_decay, scheduler.fork):
+        message = f"WSDScheduler: {method.__name__} needs a rate above 0 to fall from"
+        with pytest.raises(ValueError, match=message):
+            method()
+    assert advance(scheduler, 2) == pytest.approx([0, 0.06])
+    assert scheduler.start_decay(4) == 4
+    scheduler.rewarm(3)
+    with pytest.raises(ValueError, match="start_decay needs a rate above 0"):
+        scheduler.start_decay()
+    for kinds in ({"offset": 1}, {"warmup_start_ratio": 0.1}):
+        assert WSDScheduler(sgd(), 5, **kinds).start_decay(4) == 4
 
 
 def test_start_decay_replaces_a_planned_one():
@@ -431,6 +447,12 @@ def test_foreign_states_are_refused():
 def test_bad_arguments_are_named(kinds, message):
     with pytest.raises(ValueError, match=f"WSDScheduler: {message}"):
         WSDScheduler(sgd(), **{"num_warmup": 5, **kinds})
+
+
+def test_a_position_on_an_optimizer_without_peaks_is_refused_in_one_line():
+    with pytest.raises(ValueError, match="WSDScheduler: last_epoch needs .* got 5") as raised:
+        WSDScheduler(sgd(), 5, last_epoch=5)
+    assert "\n" not in str(raised.value)
 
 
 def test_negative_steps_are_refused():

@@ -361,7 +361,9 @@ def fused_cuda(
         TENSOR_LR=isinstance(lr, Tensor),
         **shared,
     )
-    return ratios
+    if found_inf is None:
+        return ratios
+    return ratios.masked_fill(found_inf != 0, 1.0)  # a skipped step has none
 
 
 if triton is not None:

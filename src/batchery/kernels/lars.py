@@ -323,7 +323,9 @@ def fused_cuda(
         LR_INSIDE=rule.lr_in_momentum,
         **shared,
     )
-    return ratios
+    if found_inf is None:
+        return ratios
+    return ratios.masked_fill(found_inf != 0, 1.0)  # a skipped step has none
 
 
 if triton is not None:

@@ -141,7 +141,9 @@ class DecayTrigger(TrainerCallback):  # type: ignore[misc]
         scheduler: WSDScheduler = kwargs["lr_scheduler"]
         if scheduler.phase == "done":
             control.should_training_stop = True
-        elif scheduler.phase != "decay" and self._due(state.global_step, scheduler, args.device):
+        elif scheduler.phase == "decay" or scheduler.factor() == 0:
+            return  # at a rate of 0, before the first update that counts, none can start
+        elif self._due(state.global_step, scheduler, args.device):
             if self.save:
                 # The Trainer saves after this call; its checkpoint then holds the started decay,
                 # whose first rate is still the peak: `rewarm(0)` goes back to the stable phase.

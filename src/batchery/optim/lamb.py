@@ -185,7 +185,7 @@ class LAMB(LayerwiseOptimizer):
         Args:
             closure: reevaluates the model and returns the loss.
         """
-        loss, buckets, divisor, found_inf = self.begin_step(closure)
+        loss, buckets = self.begin_step(closure)
         for bucket in buckets:
             steps = bucket.states["step"]
             torch._foreach_add_(steps, 1)
@@ -198,13 +198,13 @@ class LAMB(LayerwiseOptimizer):
                 self.rule(bucket.group),
                 bucket.group["lr"],
                 impl=bucket.impl,
-                grad_divisor=divisor,
-                found_inf=found_inf,
+                grad_divisor=bucket.divisor,
+                found_inf=bucket.found_inf,
                 reduce_norms=bucket.reduce,
                 table=bucket.table,
             )
-            if found_inf is not None:
-                torch._foreach_sub_(steps, [found_inf.to(steps[0].device)] * len(steps))
+            if bucket.found_inf is not None:
+                torch._foreach_sub_(steps, [bucket.found_inf.to(steps[0].device)] * len(steps))
         return loss
 
 

@@ -14,7 +14,8 @@ Per tensor x with gradient g:
 
 Variants in the wild, by `variant`: `"grad"` as above (LARS paper, apex LARC, timm); `"update"` has
 r = η ‖x‖ / ‖g + λ x‖ (optax, the SimCLR code); `"momentum"` is Algorithm 1 of the LAMB paper,
-b ← μ b + (1-μ)(g + λ x), x ← x - lr · η ‖x‖ / ‖b‖ · b, to be used with `trust_coefficient=1`.
+b ← μ b + (1-μ)(g + λ x), x ← x - lr · η ‖x‖ / ‖b‖ · b, to be used with `trust_coefficient=1`; it
+has no place for Nesterov, dampening or lr inside the buffer, which are refused with it.
 
 Reference: You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks",
 arXiv 1708.03888; the momentum variant: arXiv 1904.00962.
@@ -51,7 +52,8 @@ class LARS(LayerwiseOptimizer):
         trust_coefficient: η, the local rate of a layer whose gradient is as long as its weights.
         eps: added to the denominator of the local rate.
         adapt: scale steps by the local rate; `"auto"` does so in groups with weight decay.
-        variant: which norm is in the denominator; see the module.
+        variant: which norm is in the denominator; see the module. `"momentum"` takes no
+            `dampening`, `nesterov` or `lr_in_momentum`.
         trust_clip: cap the local rate at the global one (LARC).
         lr_in_momentum: multiply by lr before the buffer, not after it.
         blocks: cut dimension 0 into this many equal parts, each with its own rate; sharded
@@ -131,6 +133,10 @@ class LARS(LayerwiseOptimizer):
         possible = not group["nesterov"] or (settings[0] > 0 and settings[1] == 0)
         rule = "needs momentum > 0 and dampening 0"
         require(possible, "LARS", "nesterov", rule, settings)
+        if group["variant"] == "momentum":
+            for name in ("nesterov", "dampening", "lr_in_momentum"):
+                rule = "has no part in variant 'momentum': leave it out"
+                require(not group[name], "LARS", name, rule, group[name])
 
     def rule(self, group: dict[str, Any]) -> LarsRule:
         """Return a group's settings as the kernels take them."""
@@ -173,7 +179,7 @@ class LARS(LayerwiseOptimizer):
         Args:
             closure: reevaluates the model and returns the loss.
         """
-        loss, buckets, divisor, found_inf = self.begin_step(closure)
+        loss, buckets = self.begin_step(closure)
         for bucket in buckets:
             first = bucket.params[0] in self._fresh
             if first:
@@ -187,14 +193,15 @@ class LARS(LayerwiseOptimizer):
                 bucket.group["lr"],
                 first=first,
                 impl=bucket.impl,
-                grad_divisor=divisor,
-                found_inf=found_inf,
+                grad_divisor=bucket.divisor,
+                found_inf=bucket.found_inf,
                 reduce_norms=bucket.reduce,
                 table=bucket.table,
             )
             # A first step that a GradScaler skipped is still to come. Only dampening tells it from
             # later ones, so only then is the flag read; this waits, but not once a step is made.
-            if first and found_inf is not None and bucket.group["dampening"] and found_inf:
+            skipped = bucket.found_inf
+            if first and skipped is not None and bucket.group["dampening"] and skipped:
                 for parameter in bucket.params:
                     self.state[parameter].pop("momentum_buffer", None)
         return loss

@@ -149,6 +149,8 @@ class Bucket:
     local: list[Tensor]  # this rank's part of each parameter
     grads: list[Tensor]  # this rank's part of each gradient of this step
     sharded: bool
+    divisor: Tensor | None = None  # what this step divides gradients by (clipping, loss scale)
+    found_inf: Tensor | None = None  # 1 where a GradScaler found a gradient that is not finite
     ratios: Tensor | None = None  # of the last step
 
     def refresh(self) -> None:
@@ -224,24 +226,24 @@ class LayerwiseOptimizer(Optimizer, ABC):
         """Say whether a group's steps are scaled by norms."""
         return bool(group["weight_decay"] != 0 if group["adapt"] == "auto" else group["adapt"])
 
-    def begin_step(
-        self, closure: Callable[[], float] | None
-    ) -> tuple[float | None, list[Bucket], Tensor | None, Tensor | None]:
-        """Prepare a step.
-
-        Returns:
-            The closure's loss; the buckets; what gradients are divided by (clipping, loss scale);
-            the flag of a GradScaler that found a gradient which is not finite. The last two are
-            0-d tensors on the device, or None.
-        """
+    def begin_step(self, closure: Callable[[], float] | None) -> tuple[float | None, list[Bucket]]:
+        """Prepare a step; return the closure's loss, and the buckets with all that they need."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._last = [b for place in range(len(self.param_groups)) for b in self._plan(place)]
-        scale: Tensor | None = getattr(self, "grad_scale", None)
+        divisor = self._divisor(self._last, getattr(self, "grad_scale", None))
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        return loss, self._last, self._divisor(self._last, scale), found_inf
+        if found_inf is not None:
+            found_inf = found_inf.clamp(max=1.0)  # GradScaler adds up the flags of its devices
+        here: dict[torch.device, list[Tensor | None]] = {}
+        for bucket in self._last:
+            device = bucket.local[0].device
+            if device not in here:
+                here[device] = [t if t is None else t.to(device) for t in (divisor, found_inf)]
+            bucket.divisor, bucket.found_inf = here[device]
+        return loss, self._last
 
     def _divisor(self, buckets: Sequence[Bucket], scale: Tensor | None) -> Tensor | None:
         """Return what all gradients are divided by, on the device, or None."""
@@ -257,6 +259,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
             squares.append(own if group[0].reduce is None else group[0].reduce(own))
         total = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
         if scale is not None:
+            scale = scale.to(total.device)
             total = total / scale
         clip: Tensor = (total / limit).clamp(min=1.0)
         return clip if scale is None else clip * scale
@@ -352,31 +355,38 @@ class LayerwiseOptimizer(Optimizer, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a saved state, whose moments keep their own dtype.
 
-        The state of `torch.optim.AdamW` (for LAMB) or `SGD` (for LARS) loads too, as a warm start;
-        settings that it lacks keep this optimizer's values.
+        The state of `torch.optim.AdamW` (for LAMB) or `SGD` (for LARS) loads too, as a warm start:
+        its step counters and moments are taken, and all settings stay this optimizer's.
+
+        Raises:
+            ValueError: a parameter's state is that of another kind of optimizer.
         """
-        old = self.param_groups
-        super().load_state_dict(state_dict)
-        for group, before in zip(self.param_groups, old, strict=True):
-            for name, value in before.items():
-                group.setdefault(name, value)
-        # torch casts floating state to the parameter's dtype, which would cut float32 moments of
-        # bfloat16 parameters: take them from the saved state again.
         saved = state_dict["state"]
         places = [place for group in state_dict["param_groups"] for place in group["params"]]
+        rule = f"must hold {', '.join(self.STATES)} for every parameter that has a state"
+        for place in places:
+            held = saved.get(place) or {}
+            whole = not held or all(key in held for key in self.STATES)
+            require(whole, type(self).__name__, "state_dict", rule, [*held])
+        own = self.param_groups
+        super().load_state_dict(state_dict)
+        loaded = zip(self.param_groups, own, strict=True)
+        # Without "adapt" they are another optimizer's settings, whose rate means something else.
+        self.param_groups = [{**old, **new} if "adapt" in new else old for new, old in loaded]
+        # torch casts floating state to the parameter's dtype, which would cut float32 moments of
+        # bfloat16 parameters: take them from the saved state again.
         pairs = [(p, group) for group in self.param_groups for p in group["params"]]
         for place, (parameter, group) in zip(places, pairs, strict=True):
-            for key in self.STATES:
-                value = saved.get(place, {}).get(key)
-                if value is not None and key != "step":
+            state = self.state.get(parameter, {})
+            for key, value in [*state.items()]:
+                if key not in self.STATES:  # such as the maximum of AMSGrad
+                    del state[key]
+                elif key == "step":
+                    on = parameter.device if self.step_on_device(parameter, group) else "cpu"
+                    state[key] = torch.as_tensor(value, dtype=torch.float32).to(on, copy=True)
+                elif value is not None:
                     dtype = self.state_dtype(parameter, group)
-                    kept = value.to(device=parameter.device, dtype=dtype, copy=True)
-                    self.state[parameter][key] = kept
-            step = self.state.get(parameter, {}).get("step")
-            if step is not None:
-                on = parameter.device if self.step_on_device(parameter, group) else "cpu"
-                step = torch.as_tensor(step, dtype=torch.float32)
-                self.state[parameter]["step"] = step.to(on, copy=True)
+                    state[key] = saved[place][key].to(parameter.device, dtype, copy=True)
         self._forget()
 
     def step_on_device(self, parameter: Tensor, group: dict[str, Any]) -> bool:

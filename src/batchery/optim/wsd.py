@@ -74,7 +74,7 @@ class WSDScheduler(LRScheduler):
 
     Raises:
         ValueError: a length, fraction or shape that makes no sense, or warm-up and decay longer
-            than the whole.
+            than the whole; a `last_epoch` of 0 or more on an optimizer without peak rates.
 
     Example:
         >>> import torch
@@ -135,15 +135,18 @@ class WSDScheduler(LRScheduler):
         self._rewarm_start: int | None = None
         self._rewarm_length = 0
         if num_training is not None:
-            self.num_training = total = int(
-                integer(owner, "num_training", num_training, at_least=1)
-            )
+            total = int(integer(owner, "num_training", num_training, at_least=1))
+            self.num_training = total
             length = self.num_decay
             if isinstance(length, float):
                 length = max(1, round(length * total))
             rule = f"must be >= num_warmup + num_decay = {num_warmup} + {length}"
             require(num_warmup + length <= total, owner, "num_training", rule, total)
             self.decay_start, self.decay_length = total - length, length
+        if last_epoch >= 0:
+            known = all("initial_lr" in group for group in optimizer.param_groups)
+            rule = "needs an optimizer with initial_lr in its groups: use load_state_dict"
+            require(known, owner, "last_epoch", rule, last_epoch)
         super().__init__(optimizer, last_epoch)
 
     def _initial_step(self) -> None:
@@ -235,15 +238,12 @@ class WSDScheduler(LRScheduler):
         self._write()
 
     def _write(self) -> None:
-        factor = self.factor()
         groups, known = self.optimizer.param_groups, len(self.base_lrs)
         if len(groups) != known:
             rule = f"must keep the {known} groups it had: add groups before the scheduler is built"
             raise ValueError(f"{type(self).__name__}: optimizer {rule}, got {len(groups)}")
-        rates: list[float | Tensor] = []
-        for group, base in zip(groups, self.base_lrs, strict=True):
-            rate = base * factor
-            rates.append(rate)
+        factor, self._last_lr = self.factor(), self.get_lr()
+        for group, rate in zip(groups, self._last_lr, strict=True):
             held = group["lr"]
             if isinstance(held, Tensor):
                 held.fill_(rate)  # in place: fused kernels and CUDA graphs keep its address
@@ -252,7 +252,6 @@ class WSDScheduler(LRScheduler):
         if self.base_wds and factor > 0:  # at a rate of 0 there is nothing to decay with
             for group, decay in zip(groups, self.base_wds, strict=False):
                 group["weight_decay"] = decay / factor
-        self._last_lr = rates
 
     def decay_length_from_here(self, num_decay: int | float | None = None) -> int:
         """Return how many units a decay that starts now would take; see `start_decay`."""
@@ -275,7 +274,8 @@ class WSDScheduler(LRScheduler):
             The length of the decay in `unit`.
 
         Raises:
-            ValueError: the decay has already started; the message says where.
+            ValueError: the decay has already started (the message says where), or the rate is
+                still 0, at the start of a warm-up.
 
         Example:
             >>> import torch
@@ -286,8 +286,8 @@ class WSDScheduler(LRScheduler):
             >>> scheduler.start_decay(), scheduler.phase  # a tenth of the 1,000 it will end at
             (100, 'decay')
         """
-        self._require_undecayed("start_decay")
         length = self.decay_length_from_here(num_decay)
+        self._require_may_decay("start_decay")
         self._decay_from = self.factor()
         self.decay_start, self.decay_length = self.last_epoch, length
         return length
@@ -311,8 +311,8 @@ class WSDScheduler(LRScheduler):
             >>> trunk.phase, branch.phase, branch.time_left()
             ('stable', 'decay', 5)
         """
-        self._require_undecayed("fork")
         length = self.decay_length_from_here(num_decay)
+        self._require_may_decay("fork")
         return {
             **self.state_dict(),
             "decay_start": self.last_epoch,
@@ -320,12 +320,14 @@ class WSDScheduler(LRScheduler):
             "_decay_from": self.factor(),
         }
 
-    def _require_undecayed(self, method: str) -> None:
+    def _require_may_decay(self, method: str) -> None:
         if self.phase in ("decay", "done"):
             raise ValueError(
                 f"{type(self).__name__}: {method} must come before a decay, "
                 f"got one that started at {self.decay_start} {self.unit}"
             )
+        factor, rule = self.factor(), "needs a rate above 0 to fall from: step first, or offset=1"
+        require(factor > 0, type(self).__name__, method, rule, factor)
 
     def rewarm(self, n: int) -> None:
         """Climb linearly from 0 to the peak over `n` units from here; 0 jumps to the peak.

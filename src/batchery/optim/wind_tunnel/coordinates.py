@@ -14,6 +14,10 @@ bound; one below 0 fades out. Logits start at -1/2, as sums of random terms over
 towards 0 as training makes the terms agree. The norm before a tied head, whose gain holds the
 head's multiplier (`batchery.optim.wind_tunnel.MuP`), has -1.
 
+Heads must follow the width, in size or in number. With as many heads of a fixed size at every width
+(Qwen3's `head_dim` is 128 unless it is set) the output projection of attention has the same inputs
+throughout, while its rate and initial scale fall: its slopes, -1/2 and below, are right.
+
 Reference: Yang et al., "Tensor Programs V", arXiv 2203.03466, appendix D.1. Where we differ: the
 slope is reported as a number, so that a test can bound it.
 """
