@@ -1,19 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
+import io
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from batchery import __main__ as entry
 from batchery import cli
+from batchery.cards import load_cards
 from batchery.datasets import MissingData
 from batchery.studies import harness
+from batchery.studies.report import arm_rows, stored_results
 from batchery.studies.study import UNSHOWN, Comparison, Metric, Outcome, Study
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 
 
 @pytest.fixture
@@ -64,6 +72,68 @@ def test_list_and_search(capsys):
 def test_show(capsys):
     assert cli.main(["show", "lamb"]) == 0
     assert "Minimal example" in capsys.readouterr().out
+
+
+@pytest.fixture
+def printed(monkeypatch):
+    """Make the console a text of so many columns."""
+
+    def make(columns):
+        file = io.StringIO()
+        monkeypatch.setattr(cli, "console", Console(file=file, width=columns))
+        return file
+
+    return make
+
+
+@pytest.mark.parametrize("columns", [80, 100, 200])
+@pytest.mark.parametrize("entry", stored_results(load_cards(), RESULTS), ids=".".join)
+def test_no_word_or_number_of_a_stored_result_is_cut(printed, entry, columns):
+    result = harness.load_result(RESULTS, *entry)
+    file = printed(columns)
+    cli._print_result(result)
+    text = file.getvalue()
+    assert max(map(len, text.split("\n"))) <= columns
+    assert not re.search(r"\S…|…\S", text)
+    header, rows = arm_rows(result)
+    words = set(text.split())
+    for cell in header + [row[0] for row in rows]:
+        assert set(cell.split()) <= words
+    for row in rows:
+        assert all(cell in text for cell in row[1:])
+
+
+def test_a_table_that_is_too_wide_comes_in_parts_of_the_rows_that_have_them(printed):
+    header = ["arm", "the first number", "second", "third"]
+    rows = [["one", "1.00 ± 0.01", "", "7"], ["the other", "", "2.00 ± 0.02", ""]]
+    for columns, expected in (
+        (60, ["arm the first number second third", "one 1.00 ± 0.01 7", "the other 2.00 ± 0.02"]),
+        (
+            32,
+            ["arm the first number", "one 1.00 ± 0.01", ""]
+            + ["arm second third", "one 7", "the other 2.00 ± 0.02"],
+        ),
+    ):
+        file = printed(columns)
+        cli._print_table(header, rows)
+        assert [" ".join(line.split()) for line in file.getvalue().rstrip().split("\n")] == expected
+
+
+def test_show_prints_stored_results_with_their_protocol(printed):
+    file = printed(80)
+    assert cli.main(["show", "hard-batches", "--results", str(RESULTS)]) == 0
+    text = file.getvalue()
+    order = ["What we measured", "hard-batches (cpu):", "verdict:", "hard-batches (gpu):"]
+    places = [text.index(part) for part in [*order, "Compared with"]]
+    assert places == sorted(places)
+    assert "protocol: Every arm makes as many updates" in text
+    assert not re.search(r"\S…", text[places[1] : places[-1]])
+
+
+def test_show_without_results_says_so(printed, tmp_path):
+    file = printed(80)
+    assert cli.main(["show", "lamb", "--results", str(tmp_path)]) == 0
+    assert "No stored result yet." in file.getvalue()
 
 
 def test_a_misspelt_slug_brings_the_nearest(capsys):
@@ -136,6 +206,16 @@ def test_check_fails_when_a_stored_claim_no_longer_holds(toy, tmp_path, capsys):
     assert cli.main(["study", "lamb", "--results", "out", "--check"]) == cli.FAILED
     assert (tmp_path / "out/lamb.cpu.json").read_bytes() == stored
     assert "lamb: no longer holds: new vs old on loss" in capsys.readouterr().err
+
+
+def test_check_with_one_seed_names_what_it_cannot_check(toy, tmp_path, capsys):
+    assert cli.main(["study", "lamb", "--results", "out"]) == 0
+    capsys.readouterr()
+    assert cli.main(["study", "lamb", "--results", "out", "--check", "--seeds", "1"]) == 0
+    shown, error = capsys.readouterr()
+    assert "0 of 2 claims that held still hold" in shown
+    assert "unchecked, for want of an arm or of seeds: new vs old on loss" in shown
+    assert "no longer holds" not in error
 
 
 def test_check_looks_behind_a_verdict_that_did_not_hold(toy, tmp_path):

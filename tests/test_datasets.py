@@ -3,6 +3,7 @@ import hashlib
 import http.server
 import io
 import json
+import logging
 import os
 import tarfile
 import threading
@@ -228,6 +229,64 @@ def test_cifar10_binary_rows(tmp_path):
     assert data["x_train"].shape == (5, 32, 32, 3)
     assert data["y_test"].tolist() == [7]
     assert data["x_test"][0, 1, 2].tolist() == [int(image[c * 1024 + 34]) for c in range(3)]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Both splits of CIFAR-10's form, of three pictures each, losslessly compressed."""
+    parquet, image = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("PIL.Image")
+    import pyarrow
+
+    paths, arrays = [], {}
+    for split in ("train", "test"):
+        drawn = np.random.default_rng(len(split))
+        pixels, labels = drawn.integers(256, size=(3, 2, 2, 3), dtype=np.uint8), [3, 1, 2]
+        rows = []
+        for picture in pixels:
+            buffer = io.BytesIO()
+            image.fromarray(picture).save(buffer, "PNG")
+            rows.append({"bytes": buffer.getvalue()})
+        paths.append(tmp_path / f"{split}.parquet")
+        parquet.write_table(pyarrow.table({"image": rows, "label": labels}), paths[-1])
+        arrays |= {f"x_{split}": pixels, f"y_{split}": np.array(labels)}
+    return paths, arrays
+
+
+def _same(found, arrays):
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype
+        assert np.array_equal(found[name], array)
+
+
+def test_decoded_pictures_are_kept(cache, pictures, monkeypatch):
+    paths, arrays = pictures
+    _same(dataset_readers.cifar10_jpeg(paths), arrays)
+    monkeypatch.setattr(dataset_readers, "import_extra", None)  # nothing is decoded again
+    _same(dataset_readers.cifar10_jpeg(paths), arrays)
+
+
+def test_kept_pictures_that_are_damaged_anywhere_are_named_and_decoded_again(
+    cache, pictures, caplog
+):
+    paths, arrays = pictures
+    dataset_readers.cifar10_jpeg(paths)
+    kept = next(cache.glob("cifar10.*.npz"))
+    whole = kept.read_bytes()
+    cuts = [whole[:size] for size in range(0, len(whole), 97)]
+    places = range(0, len(whole), 5)
+    flips = [whole[:k] + bytes([whole[k] ^ (1 << k % 8)]) + whole[k + 1 :] for k in places]
+    named = 0
+    with caplog.at_level(logging.WARNING):
+        for damaged in cuts + flips:
+            kept.write_bytes(damaged)
+            caplog.clear()
+            _same(dataset_readers.cifar10_jpeg(paths), arrays)
+            if caplog.records:  # else what was flipped is nothing that anyone reads
+                named += 1
+                assert str(kept) in caplog.text
+                assert kept.read_bytes() == whole
+    assert named > 0.7 * len(cuts + flips)
 
 
 SHAPES = {

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.markup import escape
 from rich.table import Table
 
 import batchery
-from batchery.cards import Card, find_card, load_cards, search
+from batchery.cards import RESULTS_MARK, Card, find_card, load_cards, search
 from batchery.privacy import release_command
 
 if TYPE_CHECKING:
@@ -161,11 +162,17 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from batchery.studies.report import results_markdown
+    from batchery.studies.harness import load_result
+    from batchery.studies.study import SCALES
 
-    card = find_card(options.slug)
-    page = card.page(results_markdown(_results_folder(options.results), card.slug))
-    console.print(Markdown(page))
+    card, folder = find_card(options.slug), _results_folder(options.results)
+    stored = [load_result(folder, card.slug, scale) for scale in SCALES[1:]]
+    before, after = card.page(RESULTS_MARK).split(RESULTS_MARK)
+    console.print(Markdown(before))
+    for result in stored:
+        if result is not None:
+            _print_result(result)
+    console.print(Markdown(after if any(stored) else f"No stored result yet.\n\n{after}"))
     return 0
 
 
@@ -268,15 +275,54 @@ def _run_all(
 
 
 def _print_result(result: dict[str, Any]) -> None:
-    from batchery.studies.report import arm_rows, comparison_rows, verdict_line
+    from batchery.studies.report import arm_rows, comparison_rows, provenance, verdict_line
 
-    console.print(f"\n[bold]{result['slug']}[/] ({result['scale']}): {result['claim']}")
+    console.print(f"\n[bold]{result['slug']}[/] ({result['scale']}): {escape(result['claim'])}\n")
+    console.print(f"protocol: {escape(result['protocol'])}\n")
     for header, rows in (arm_rows(result), comparison_rows(result)):
-        table = Table(*header, header_style="bold", box=None)
+        _print_table(header, rows)
+        console.print()
+    console.print(f"verdict: [bold]{escape(verdict_line(result))}[/]")
+    console.print(f"{escape(provenance(result))}\n", style="dim", highlight=False)
+
+
+_GAP = 2  # between two columns
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table whose words and numbers stay whole.
+
+    One that is too wide for the console comes in parts: each has the first column, as many others
+    as fit, and the rows that have something in them.
+    """
+    columns = list(zip(header, *rows, strict=True))
+    full = [max(map(len, column)) for column in columns]
+    # A line breaks at spaces, but not within "1.0 ± 0.1".
+    words = [[re.split(r"(?<!±) (?!±)", cell) for cell in column] for column in columns]
+    least = [max(len(word) for cell in column for word in cell) for column in words]
+    parts: list[list[int]] = []
+    left = 0
+    for place, width in enumerate(least[1:], 1):
+        if width + _GAP > left:
+            parts.append([0])
+            left = console.width - least[0] - _GAP
+        parts[-1].append(place)
+        left -= width + _GAP
+    for number, part in enumerate(parts):
+        widths = {place: least[place] for place in part}
+        for _ in range(console.width - sum(widths.values()) - _GAP * len(part)):
+            narrow = [place for place in part if widths[place] < full[place]]
+            if narrow:  # what is left goes to the narrowest column that can use it
+                widths[min(narrow, key=widths.__getitem__)] += 1
+        table = Table(box=None, header_style="bold", padding=(0, _GAP // 2))
+        for place in part:
+            table.add_column(escape(header[place]), width=widths[place])
         for row in rows:
-            table.add_row(*row)
+            if any(row[place] for place in part[1:]):
+                table.add_row(*(escape(row[place]) for place in part))
+        if number:
+            console.print()
         console.print(table)
-    console.print(f"verdict: [bold]{verdict_line(result)}[/]")
 
 
 def _check(result: dict[str, Any], before: dict[str, Any]) -> int:
@@ -287,7 +333,8 @@ def _check(result: dict[str, Any], before: dict[str, Any]) -> int:
     console.print(f"{slug}: stored {before['verdict']!r}, now {result['verdict']!r}")
     console.print(f"  {len(found['kept'])} of {held} claims that held still hold")
     for name in found["unchecked"]:
-        console.print(f"  unchecked, an arm was left out: {name}", markup=False, soft_wrap=True)
+        line = f"  unchecked, for want of an arm or of seeds: {name}"
+        console.print(line, markup=False, soft_wrap=True)
     for name in found["lost"]:
         _complain(f"{slug}: no longer holds: {name}")
     return FAILED if found["lost"] else 0

@@ -8,9 +8,11 @@ reader where the bytes of the file itself differ from day to day.
 import hashlib
 import io
 import json
+import logging
 import sysconfig
 import tarfile
 import wave
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ import numpy as np
 
 from batchery._core.state import atomic_write, cache_folder, file_digest
 from batchery._core.validate import import_extra
+
+logger = logging.getLogger(__name__)
 
 
 def recordings_digest(path: Path) -> str:
@@ -64,19 +68,35 @@ def mnist(paths: Sequence[Path]) -> dict[str, np.ndarray]:
 def cifar10_jpeg(paths: Sequence[Path]) -> dict[str, np.ndarray]:
     """Decode both splits; the arrays are kept in the cache, since decoding takes seconds."""
     kept = cache_folder() / f"cifar10.{file_digest(paths[0])[:16]}.npz"
-    if not kept.is_file():
-        parquet = import_extra("pyarrow.parquet", "data", "data set 'cifar10'")
-        image = import_extra("PIL.Image", "data", "data set 'cifar10'")
-        arrays: dict[str, np.ndarray] = {}
-        for split, path in zip(("train", "test"), paths, strict=True):
-            table = parquet.read_table(path)
-            rows = (row["bytes"] for row in table["image"].to_pylist())
-            pixels = [np.asarray(image.open(io.BytesIO(row)).convert("RGB")) for row in rows]
-            arrays[f"x_{split}"] = np.stack(pixels)
-            arrays[f"y_{split}"] = table["label"].to_numpy().astype(np.int64)
-        atomic_write(kept, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
-    with np.load(kept, allow_pickle=False) as stored:
-        return {name: stored[name] for name in stored.files}
+    if kept.is_file():
+        try:
+            return _kept_arrays(kept)
+        except _DAMAGED as error:
+            logger.warning("%s is damaged (%s); it is made anew", kept, error)
+    parquet = import_extra("pyarrow.parquet", "data", "data set 'cifar10'")
+    image = import_extra("PIL.Image", "data", "data set 'cifar10'")
+    arrays: dict[str, np.ndarray] = {}
+    for split, path in zip(("train", "test"), paths, strict=True):
+        table = parquet.read_table(path)
+        rows = (row["bytes"] for row in table["image"].to_pylist())
+        pixels = [np.asarray(image.open(io.BytesIO(row)).convert("RGB")) for row in rows]
+        arrays[f"x_{split}"] = np.stack(pixels)
+        arrays[f"y_{split}"] = table["label"].to_numpy().astype(np.int64)
+    atomic_write(kept, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+    return arrays
+
+
+# What a changed archive can bring; a changed flag or method is a RuntimeError.
+_DAMAGED = (zipfile.BadZipFile, ValueError, OSError, EOFError, KeyError, RuntimeError)
+
+
+def _kept_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of an archive, each read whole, which is when its CRC is checked."""
+    with zipfile.ZipFile(path) as archive:
+        return {
+            name: np.load(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False)
+            for name in ("x_train", "y_train", "x_test", "y_test")
+        }
 
 
 def cifar10_binary(paths: Sequence[Path]) -> dict[str, np.ndarray]:

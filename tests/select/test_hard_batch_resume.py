@@ -232,6 +232,33 @@ def test_a_state_of_other_settings_is_refused_naming_both(one, other, message):
         HardBatchSampler(**(plain | other)).load_state_dict(state)
 
 
+@pytest.mark.parametrize("mode", ["batch", "sample"])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("scores", lambda value: value[:3]),
+        ("scores", lambda value: value[None]),
+        ("scores", lambda value: value.double()),
+        ("last_seen", lambda value: value[:-1]),
+        ("ranking", lambda value: torch.arange(3)),
+        ("reported_examples", lambda value: value[None]),
+        ("reported_losses", lambda value: value[:1]),
+    ],
+)
+def test_a_state_of_another_size_is_refused_by_entry_and_changes_nothing(mode, name, change):
+    def read(sampler):
+        return repr(sampler), {key: repr(value) for key, value in sampler.state_dict().items()}
+
+    stopped, sampler = (HardBatchSampler(20, 2, mode=mode) for _ in range(2))
+    train(stopped, 3)
+    train(sampler, 12)
+    before, state = read(sampler), stopped.state_dict()
+    with pytest.raises(ValueError, match=rf"HardBatchSampler: state_dict\['{name}'\] must be"):
+        sampler.load_state_dict(state | {name: change(state[name])})
+    assert read(sampler) == before
+    sampler.load_state_dict(state)
+
+
 @pytest.mark.parametrize("make", [ResumableBatchSampler, HardBatchSampler])
 def test_a_state_that_cannot_be_loaded_changes_nothing(make):
     def read(sampler):

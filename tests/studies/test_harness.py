@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -92,6 +93,39 @@ def test_an_interrupted_study_goes_on_where_it_stopped(toy, tmp_path):
     whole = run_study(Toy().study(), "cpu", results=tmp_path / "other")
     assert [a["summary"] for a in resumed["arms"]] == [a["summary"] for a in whole["arms"]]
     assert kept_runs(tmp_path, "toy", "cpu") == 0
+
+
+@pytest.mark.parametrize("label", ["prepare", "old"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "{bad",
+        lambda text: "",
+        lambda text: "[]",
+        lambda text: "{}",
+        lambda text: text[:-30],
+        lambda text: text.replace("{", "\xff", 1),
+        lambda text: json.dumps(json.loads(text) | {"record": {}}),
+        lambda text: json.dumps(json.loads(text) | {"record": []}),
+        lambda text: text.replace('"seconds"', '"minutes"'),
+        lambda text: text.replace('"value"', '"metrics"').replace('"series"', '"value"'),
+        lambda text: re.sub(r'("value"|"metrics"): {', r'\1: 7, "more": {', text),
+    ],
+)
+def test_a_damaged_kept_run_is_made_anew(toy, tmp_path, label, damage):
+    toy.interrupt_at = 5
+    with pytest.raises(KeyboardInterrupt):
+        run_study(toy.study(), "cpu", results=tmp_path)
+    path = tmp_path / ".runs" / "toy.cpu" / f"{label}.0.json"
+    whole = path.read_text()
+    path.write_bytes(damage(whole).encode("latin-1"))
+    toy.calls.clear()
+    toy.interrupt_at = None
+    resumed = run_study(toy.study(), "cpu", results=tmp_path, keep_runs=True)
+    assert toy.calls == [(label, 0), ("new", 1), ("old", 2), ("new", 2)]
+    assert resumed["verdict"] == HOLDS
+    assert json.loads(path.read_text()).keys() == json.loads(whole).keys()
+    assert json.loads(path.read_text())["record"].keys() == json.loads(whole)["record"].keys()
 
 
 def test_runs_made_by_other_code_are_not_used(toy, tmp_path, monkeypatch):

@@ -74,6 +74,7 @@ def test_one_failed_claim_decides_and_information_does_not():
 
 def _result(verdict, *comparisons, left_out=()):
     bar = {"baseline": "b", "metric": "m", "require": "superior", "margin": 0.0}
+    bar |= {"reason": ""}
     rows = [{**bar, "arm": arm, "verdict": v, "claim": claim} for arm, v, claim in comparisons]
     return {"verdict": verdict, "comparisons": rows, "left_out": dict.fromkeys(left_out, "why")}
 
@@ -107,6 +108,24 @@ def test_a_claim_of_an_arm_that_is_left_out_is_unchecked(away):
     now = _result(UNSHOWN, ("c", UNSHOWN, True), left_out=[away])
     names = ["c vs b on m", "the verdict"]
     assert check_claims(before, now) == {"kept": [], "lost": [], "unchecked": names}
+
+
+def _judged_on(*pairs):
+    """A result whose one comparison has these values of arm and baseline, seed by seed."""
+    row = compare(Comparison("a", "b", "loss"), LOSS, *map(list, zip(*pairs, strict=True)))
+    verdict, reason = overall("cpu", [row])
+    return {"verdict": verdict, "reason": reason, "comparisons": [row], "left_out": {}}
+
+
+def test_a_claim_that_one_seed_cannot_judge_is_unchecked_and_a_diverged_one_is_lost():
+    before = _judged_on((1.0, 2.0), (1.1, 2.0))
+    assert before["verdict"] == HOLDS
+    names = ["a vs b on loss", "the verdict"]
+    for value in (1.0, 3.0):
+        found = check_claims(before, _judged_on((value, 2.0)))
+        assert found == {"kept": [], "lost": [], "unchecked": names}
+    for pair in ((math.nan, 2.0), (1.0, math.inf)):
+        assert check_claims(before, _judged_on(pair))["lost"] == names
 
 
 @pytest.mark.parametrize(

@@ -471,7 +471,7 @@ class HardBatchSampler(ResumableBatchSampler):
         """Stand where a state was taken, with the scores and reports of then.
 
         Raises:
-            ValueError: the state is of another class or of other settings; both are named.
+            ValueError: the state is of another class, of other settings or sizes; both are named.
             TypeError: it is no mapping, or holds a value of another type.
         """
         super().load_state_dict(state_dict)
@@ -481,3 +481,18 @@ class HardBatchSampler(ResumableBatchSampler):
         self._reported = 0
         own = state_dict["rank"] == self._place()[0]
         self._hardness.load_state_dict(state_dict, own=own)
+
+    def _check_state(self, state_dict: Mapping[str, Any]) -> None:
+        super()._check_state(state_dict)
+        current, reported = self._hardness, state_dict["reported_examples"].numel()
+        for name, like, shape in (
+            ("ranking", torch.int64, self._ranking.shape),
+            ("scores", torch.float32, current.scores.shape),
+            ("last_seen", torch.int32, current.last_seen.shape),
+            ("reported_examples", torch.int64, (reported,)),
+            ("reported_losses", torch.float32, (reported,)),
+        ):
+            value, rule = state_dict[name], f"must be of {like} and shape {tuple(shape)}"
+            fits = value.dtype == like and value.shape == shape
+            got = f"{value.dtype} and {tuple(value.shape)}"
+            require(fits, type(self).__name__, f"state_dict[{name!r}]", rule, got)

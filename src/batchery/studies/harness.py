@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -415,6 +415,17 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
+def _is_record(value: Any) -> TypeGuard[dict[str, Any]]:
+    """Say whether a value has the shape of what `_measure` returns."""
+    if not isinstance(value, dict):
+        return False
+    own = ("metrics", "series") if "metrics" in value else ("value",)
+    kinds = {"seconds": float} | dict.fromkeys(("memory", *own), dict)
+    return value.keys() == kinds.keys() and all(
+        isinstance(value[name], kind) for name, kind in kinds.items()
+    )
+
+
 class _KeptRuns:
     """Finished runs of an unfinished study; each file says what made it."""
 
@@ -426,14 +437,15 @@ class _KeptRuns:
         return self._folder / f"{label}.{seed}.json"
 
     def load(self, label: str, seed: int) -> dict[str, Any] | None:
-        path = self._path(label, seed)
-        if not path.is_file():
+        """Return a run that is whole and was made by what runs now; any other counts as absent."""
+        try:
+            kept = json.loads(self._path(label, seed).read_text())
+        except (OSError, ValueError):
             return None
-        kept = json.loads(path.read_text())
-        if kept["made_by"] != self._made_by:
+        if not isinstance(kept, dict) or kept.get("made_by") != self._made_by:
             return None
-        record: dict[str, Any] = kept["record"]
-        return record
+        record = kept.get("record")
+        return record if _is_record(record) else None
 
     def save(self, label: str, seed: int, record: dict[str, Any]) -> None:
         kept = {"made_by": self._made_by, "record": record}

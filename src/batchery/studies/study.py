@@ -33,6 +33,7 @@ SCALES: tuple[Scale, ...] = ("smoke", "cpu", "gpu")
 HOLDS = "holds"
 FAILS = "does not hold here"
 UNSHOWN = "cannot be shown here"
+ONE_SEED = "one seed gives no interval"  # a reason
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def compare(
         lost = any(not math.isfinite(value) for value in arm)
         verdict, reason = (FAILS if lost else UNSHOWN), f"{'arm' if lost else 'baseline'} diverged"
     elif len(gains) < 2:
-        reason = "one seed gives no interval"
+        reason = ONE_SEED
     else:
         spread = statistics.stdev(gains) / math.sqrt(len(gains))
         half = float(student_t.ppf(0.975, len(gains) - 1)) * spread
@@ -202,7 +203,8 @@ def check_claims(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
     """Sort what held in a stored result by whether it still holds in a new one.
 
     What held are the comparisons marked as claims, and the verdict. A claim that is no longer
-    compared against the same bar is lost; one of an arm that was left out is unchecked.
+    compared against the same bar is lost; one of an arm that was left out, or of a single seed,
+    which gives no interval, is unchecked.
 
     Returns:
         What is `"kept"`, `"lost"` and `"unchecked"`, by name.
@@ -212,10 +214,12 @@ def check_claims(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
         return tuple(item[key] for key in ("arm", "baseline", "metric", "require", "margin"))
 
     def unchecked(item: Mapping[str, Any]) -> bool:
-        return item["arm"] in now["left_out"] or item["baseline"] in now["left_out"]
+        absent = item["arm"] in now["left_out"] or item["baseline"] in now["left_out"]
+        return absent or bar(item) in without_interval
 
     found: dict[str, list[str]] = {"kept": [], "lost": [], "unchecked": []}
     holding = {bar(item) for item in now["comparisons"] if item["verdict"] == HOLDS}
+    without_interval = {bar(item) for item in now["comparisons"] if item["reason"] == ONE_SEED}
     for item in before["comparisons"]:
         if item["claim"] and item["verdict"] == HOLDS:
             state = "kept" if bar(item) in holding else "lost"
