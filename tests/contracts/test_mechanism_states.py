@@ -33,6 +33,42 @@ def test_what_is_no_state_is_refused_and_leaves_no_trace(case, kinds):
     assert torch.equal(mechanism.update_many(few()), other.update_many(few()))
 
 
+def damaged(state, at=()):
+    """Every copy of an inner state with one tensor, or one position, that does not fit it."""
+    for name, part in state.items():
+        if isinstance(part, dict) and name not in ("rows", "settings"):
+            for path, other in damaged(part, (*at, name)):
+                yield path, {**state, name: other}
+        elif torch.is_tensor(part) and part.dtype != torch.uint8:
+            other = torch.float16 if part.dtype.is_floating_point else torch.float64
+            wrong = [part.to(other), part[None], torch.zeros(()).to(part), part.tolist()]
+            wrong += [torch.cat([part, part])] if part.ndim else []
+            yield from ((name, {**state, name: tensor}) for tensor in wrong)
+        elif name == "rows" and part:
+            yield "used", {**state, name: {**part, "used": -1}}
+        elif name == "firings":
+            yield from ((name, {**state, name: wrong}) for wrong in (-1, 1000))
+        elif name == "t":
+            yield from ((name, {**state, name: t}) for t in (part - 1, part + 1, None, -part))
+
+
+@each_way
+def test_a_state_with_a_part_that_does_not_fit_is_refused_by_name_and_leaves_no_trace(case, kinds):
+    for t in (1, 5):
+        mechanism = built(case, kinds)
+        mechanism.update_many(few(t))
+        state = written(mechanism.state_dict())
+        moved = [("t", {**state, "t": other}) for other in (t - 1, t + 1, HORIZON + 1)]
+        if kinds.get("mechanism") == "sparse":  # no part of it counts steps
+            moved = moved[2:] if mechanism.horizon else []
+        wrong = [(name, {**state, "inner": inner}) for name, inner in damaged(state["inner"])]
+        for name, given in (*wrong, *moved):
+            with pytest.raises(ValueError, match=rf"^\w+: state_dict.*'{name}'"):
+                mechanism.load_state_dict(given)
+            assert same(state, mechanism.state_dict())
+        mechanism.load_state_dict(state)
+
+
 def tensors_of(state):
     """All tensors of a state but those of generators, which torch keeps on the CPU."""
     if isinstance(state, dict):
@@ -136,7 +172,16 @@ def test_a_state_behind_what_was_published_is_refused_or_paid_for_twice(case):
         case.build().resume(state, published=9)
     again = case.build()
     again.resume(state, published=9, strict=False)
-    assert again.spent.rho == pytest.approx(2 * mechanism.spent.rho)
+    whole = again.cost.rho
+    assert again.spent.rho == pytest.approx(whole + mechanism.spent.rho)
+    single(again, rows()[:3])
+    single(mechanism, rows()[:3])
+    assert again.spent.rho == pytest.approx(whole + mechanism.spent.rho)
+    again = case.build()
+    again.resume(case.build().state_dict(), published=1, strict=False)
+    assert again.spent.rho == whole
+    mechanism = case.build()
+    single(mechanism, rows()[:6])
     again = case.build()
     again.resume(state, published=6)
     assert again.spent == mechanism.spent

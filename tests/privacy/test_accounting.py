@@ -2,6 +2,7 @@
 """Oracles of the conversions: published numbers, exact sums over discrete laws, inverses."""
 
 import math
+from fractions import Fraction
 
 import mpmath
 import numpy as np
@@ -107,6 +108,20 @@ def test_budgets_of_the_three_kinds():
         assert eval(repr(budget)) == budget
 
 
+def test_a_budget_may_be_less_than_its_target_allows():
+    for rho in (0.0, zcdp_rho(1.0, 1e-6) / 2, zcdp_rho(1.0, 1e-6)):
+        assert Budget(rho, target=(1.0, 1e-6)).epsilon(1e-6) == (1.0 if rho else 0.0)
+    assert Budget.pure(1.0).share(0) == Budget(0.0, pure_epsilon=0.0)  # nothing was spent
+
+
+def test_numbers_of_any_kind_make_the_budget_of_their_float():
+    for third in (Fraction(1, 3), np.float32(1 / 3), np.float64(1 / 3)):
+        assert Budget.pure(third) == Budget.pure(float(third))
+        assert Budget.approx(third, np.float32(1e-6)) == Budget.approx(
+            float(third), float(np.float32(1e-6))
+        )
+
+
 def test_one_gaussian_mechanism_spends_an_approximate_budget_exactly():
     budget = Budget.approx(1.0, 1e-5).for_gaussian()
     assert 1 / math.sqrt(2 * budget.rho) == pytest.approx(3.73063, abs=5e-6)
@@ -133,6 +148,27 @@ def test_shares_groups_and_users():
         Budget.approx(0.5, 1e-6).group(40)
 
 
+@pytest.mark.parametrize("mu", [1e-8, 1e-6, 1e-4, 0.01])
+@pytest.mark.parametrize("epsilon", [0.0, 1e-9, 1e-7, 1e-6, 1e-4, 0.01])
+def test_tiny_losses_are_rounded_to_the_private_side(mu, epsilon):
+    with mpmath.workdps(60):
+        m, e = mpmath.mpf(mu), mpmath.mpf(epsilon)
+        exact = mpmath.ncdf(m / 2 - e / m) - mpmath.exp(e) * mpmath.ncdf(-m / 2 - e / m)
+        if exact > 1e-290:
+            found = gaussian_delta(mu, epsilon)
+            assert exact <= found * (1 + 1e-12)
+            assert found <= exact * (1 + 1e-3)  # 10⁻⁴ where δ is 10⁻³², far less where it matters
+
+
+def test_mu_at_a_tiny_epsilon_is_private():
+    for epsilon, delta in ((1e-6, 1e-9), (1e-6, 1e-6), (1e-6, 1e-5), (1e-3, 1e-6)):
+        mu = gaussian_mu(epsilon, delta)
+        with mpmath.workdps(60):
+            m, e = mpmath.mpf(mu), mpmath.mpf(epsilon)
+            exact = mpmath.ncdf(m / 2 - e / m) - mpmath.exp(e) * mpmath.ncdf(-m / 2 - e / m)
+            assert exact <= mpmath.mpf(delta)
+
+
 def test_group_privacy_holds_for_gaussian_noise():
     # k records move a Gaussian mechanism by at most k Δ.
     assert Budget(rho=0.5, gaussian=True).group(3).epsilon(1e-6) == pytest.approx(
@@ -145,6 +181,23 @@ def test_group_privacy_holds_for_gaussian_noise():
     [
         (lambda: Budget(rho=-0.1), "Budget: rho must be >= 0, got -0.1"),
         (lambda: Budget(rho=math.inf), "Budget: rho must be finite, got inf"),
+        (lambda: Budget(rho=math.nan), "Budget: rho must be >= 0, got nan"),
+        (lambda: Budget(0.5, pure_epsilon=-1.0), "Budget: pure_epsilon must be >= 0, got -1.0"),
+        (lambda: Budget(0.5, pure_epsilon=math.nan), "Budget: pure_epsilon must be >= 0, got nan"),
+        (lambda: Budget(0.5, pure_epsilon=math.inf), "rho must be ε²/2 = inf, got 0.5"),
+        (lambda: Budget(1e-9, pure_epsilon=5.0), "Budget: rho must be ε²/2 = 12.5, got 1e-09"),
+        (lambda: Budget(13.0, pure_epsilon=5.0), "Budget: rho must be ε²/2 = 12.5, got 13.0"),
+        (lambda: Budget(0.5, target=(0.001, 1e-9)), "Budget: rho must be within .*, got 0.5"),
+        (lambda: Budget(0.0, target=(-1.0, 1e-9)), "Budget: target must be > 0, got -1.0"),
+        (lambda: Budget(0.0, target=(math.nan, 0.1)), "Budget: target must be > 0, got nan"),
+        (lambda: Budget(0.0, target=(1.0, 1.0)), "target must be > 0 and < 1, got 1.0"),
+        (lambda: Budget(0.5, 1.0, (9.0, 0.1)), "target must not be given with pure_epsilon, got"),
+        (lambda: Budget(0.5, 1.0, gaussian=True), "gaussian must be False with pure_epsilon or"),
+        (
+            lambda: Budget(0.01, target=(1.0, 1e-6), gaussian=True),
+            "gaussian must be False with pure_epsilon or target, got True",
+        ),
+        (lambda: Budget.pure(1.0).for_gaussian(), "gaussian must be False with pure_epsilon or"),
         (lambda: Budget.pure(0), "Budget.pure: epsilon must be > 0, got 0"),
         (lambda: Budget.approx(1.0, 0.0), "delta must be > 0 and < 1, got 0.0"),
         (lambda: Budget.approx(-1.0, 0.1), "epsilon must be > 0, got -1.0"),

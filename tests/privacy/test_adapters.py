@@ -156,7 +156,8 @@ def test_what_accuracy_refuses_is_named_and_leaves_no_trace():
         (ValueError, PrivateAccuracy(4, budget=RHO).confusion, "num_classes must be given"),
     ]
     state = accuracy.state_dict()
-    for part in ({"base": 3}, {"base": torch.zeros(2)}, {"since": -1}):
+    floats = state["base"].double()
+    for part in ({"base": 3}, {"base": torch.zeros(2)}, {"base": floats}, {"since": -1}):
         bad = lambda part=part: accuracy.load_state_dict({**state, **part})  # noqa: E731
         wrong.append((ValueError, bad, "state_dict"))
     for error, call, message in wrong:

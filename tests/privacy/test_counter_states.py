@@ -10,7 +10,14 @@ import pytest
 import torch
 from recorded_noise import Given
 
-from batchery.privacy import Budget, DiscreteNoise, FloatNoise, HorizonExceeded, TreeCounter
+from batchery.privacy import (
+    Budget,
+    DiscreteNoise,
+    FloatNoise,
+    HorizonExceeded,
+    MaxSum,
+    TreeCounter,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:noise from insecure_seed")
 RHO = Budget(rho=0.5)
@@ -117,11 +124,36 @@ def test_a_state_behind_what_was_published_is_refused_or_paid_for():
         again.resume(state, published=2)
     assert again.t == 0
     again.resume(state, published=2, strict=False)
+    assert again.spent.rho == pytest.approx(0.5 + 0.5 / 4)  # a whole budget, and one level of four
     again.update_many([1] * 7)
     assert again.spent == Budget(rho=1.0)
     third = TreeCounter(8, budget=RHO)
     third.resume(again.state_dict(), published=8)
     assert third.spent == Budget(rho=1.0)
+
+
+@pytest.mark.parametrize("budget", [Budget(rho=50.0), Budget.pure(10.0)], ids=repr)
+def test_redrawing_from_the_start_costs_a_whole_budget_at_once(budget):
+    def sparse():
+        return MaxSum(100, 3, budget=budget, mechanism="sparse", expected_max=100)
+
+    for build in (sparse, lambda: TreeCounter(100, budget=budget)):
+        start = build().state_dict()
+        again = build()
+        for times in (1, 2):
+            again.resume({**start, "redraws": times - 1}, published=100, strict=False)
+            assert again.spent == budget.share(times)
+    again = sparse()
+    again.resume(sparse().state_dict(), published=100, strict=False)
+    again.update([1, 0, 0])
+    assert budget.rho < again.spent.rho < budget.share(2).rho
+
+
+def test_a_state_of_another_dtype_is_refused():
+    float32 = TreeCounter(8, 2, budget=RHO, sampler="float", dtype=torch.float32)
+    float64 = TreeCounter(8, 2, budget=RHO, sampler="float")
+    with pytest.raises(ValueError, match="TreeCounter.* dtype='float32', this .* dtype='float64'"):
+        float64.load_state_dict(float32.state_dict())
 
 
 def test_past_the_horizon_nothing_changes():

@@ -3,6 +3,7 @@
 
 import math
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from rounded_scales import ROUNDED, SLACK
 from batchery.privacy import (
     Budget,
     DiscreteNoise,
+    FactorizationCounter,
     FloatNoise,
     TreeCounter,
     gaussian_scale,
@@ -322,6 +324,15 @@ def test_what_was_spent():
     assert endless.spent == Budget(rho=0.25)
     endless.update(1)
     assert endless.spent == RHO
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
+def test_a_dtype_that_holds_no_real_numbers_is_refused(dtype):
+    for build in (FactorizationCounter, partial(TreeCounter, sampler="float")):
+        with pytest.raises(ValueError, match=f"dtype must be a real .*, got {dtype}"):
+            build(5, budget=RHO, dtype=dtype)
+        with pytest.raises(TypeError, match="Counter: dtype must be a torch.dtype, got str"):
+            build(5, budget=RHO, dtype="float32")
 
 
 def test_neither_stream_nor_global_randomness_is_touched():

@@ -5,6 +5,7 @@ import math
 
 import pytest
 from ledger_streams import RHO, seeded, together
+from recorded_noise import Zero
 
 from batchery.privacy import (
     Budget,
@@ -12,6 +13,8 @@ from batchery.privacy import (
     HorizonExceeded,
     Ledger,
     MaxSum,
+    SumSelect,
+    TreeCounter,
 )
 from batchery.privacy.ledger import within
 
@@ -33,6 +36,50 @@ def test_what_adds_up_to_a_total():
     assert one.for_gaussian().rho > one.rho
     assert not within(one, [one.for_gaussian(), Budget(rho=1e-9, gaussian=True)])
     assert not within(one, [one.for_gaussian().share(0.99), Budget(rho=1e-9)])
+    # A promise of continuous Gaussian noise is not kept by anything else.
+    assert within(one.for_gaussian(), [one.for_gaussian()])
+    assert not within(one.for_gaussian(), [Budget(rho=1e-9)])
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda budget: SumSelect(1000, 5, budget=budget, mechanism="recompute"),
+        lambda budget: MaxSum(1000, 5, budget=budget, mechanism="sparse"),
+        lambda budget: TreeCounter(1000, 5, budget=budget),
+    ],
+)
+def test_a_total_is_not_passed_by_a_budget_that_calls_other_noise_gaussian(build, path):
+    total = Budget.approx(1.0, 1e-6)
+    with Ledger(path, total=total) as ledger:
+        with pytest.raises(BudgetExceeded, match="stream 'x' costs"):
+            ledger.open("x", build(total.for_gaussian()))
+        ledger.open("x", build(Budget(total.rho, gaussian=True))).close()
+
+
+def test_what_is_refused_before_it_is_a_stream_leaves_no_lock(path):
+    with Ledger(path, total=Budget(rho=0.1)) as ledger:
+        with pytest.raises(BudgetExceeded):
+            ledger.open("x", seeded())
+        with pytest.raises(ValueError, match="published must be <= 0"):
+            ledger.open("x", seeded(budget=Budget(rho=0.1)), published=1)
+        assert [found.name for found in path.parent.iterdir()] == ["streams.db"]
+    path.unlink()
+    Ledger(path).close()  # nothing was spent from the one that is gone
+
+
+def test_noise_of_anothers_is_declared(path):
+    with Ledger(path) as ledger:
+        for first, second in ((None, Zero()), (Zero(), None)):
+            name = repr(first)
+            with ledger.open(name, seeded(noise=first)) as stream:
+                stream.update(1)
+            with pytest.raises(ValueError, match=f"injected={first is not None}, this object"):
+                ledger.open(name, seeded(noise=second))
+            with ledger.open(name, seeded(noise=first)) as stream:
+                assert stream.t == 1
+        with pytest.raises(ValueError, match=r"declared must not name .* got \['injected'\]"):
+            ledger.open("y", seeded(), declared={"injected": False})
 
 
 def test_a_total_is_kept_over_streams_and_reopenings(path):

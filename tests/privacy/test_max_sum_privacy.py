@@ -19,6 +19,8 @@ from batchery.privacy import (
     FloatNoise,
     MaxSum,
     SumSelect,
+    TreeCounter,
+    zcdp_epsilon,
 )
 from batchery.privacy.bounds import recompute_index, sparse_max
 
@@ -253,3 +255,23 @@ def test_what_was_spent():
     select = SumSelect(100, 3, budget=Budget.approx(1.0, 1e-6), mechanism="recompute")
     select.update_many(bits(100, 3))
     assert select.spent.epsilon(1e-6) <= 1.0
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda budget: SumSelect(1000, 5, budget=budget, mechanism="recompute"),
+        lambda budget: MaxSum(1000, 5, budget=budget, mechanism="sparse"),
+        lambda budget: MaxSum(1000, 5, budget=budget, mechanism="sparse", sampler="float"),
+        lambda budget: MaxSum(1000, 5, budget=budget, mechanism="recompute"),
+        lambda budget: TreeCounter(1000, budget=budget),
+        lambda budget: TreeCounter(1000, budget=budget, estimator="honaker"),
+    ],
+)
+def test_noise_that_is_not_continuous_gaussian_never_says_it_is(build):
+    budget = Budget.approx(1.0, 1e-6).for_gaussian()
+    cost = build(budget).cost
+    assert cost == Budget(budget.rho)
+    assert cost.epsilon(1e-6) == zcdp_epsilon(budget.rho, 1e-6) > 1
+    for float_tree in (TreeCounter(9, budget=b, sampler="float") for b in (budget, cost)):
+        assert float_tree.cost == budget

@@ -206,6 +206,7 @@ def test_a_total_over_several_streams(table, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "stream 'c' costs Budget.pure(epsilon=1.0)" in one_line(captured.err)
+    assert len(list(Path().glob("l.db.*.lock"))) == 2  # of a and b
     assert release(*shared, 0.5, "--stream", "c", "--total", 3) == cli.USAGE
     error = one_line(capsys.readouterr().err)
     assert "total must be Budget.pure(epsilon=2.5), as l.db has it, got" in error
@@ -309,7 +310,14 @@ def test_a_damaged_ledger_is_refused_and_left(table, capsys):
         (
             ["--sum", "--columns", "bit", "--range", f"0,{1 << 40}", "--horizon", 9, "--rho", 1]
             + ["a.csv"],
-            "exact noise of less than 61 bits",
+            "Question: range must ask for exact noise of less than 61 bits within "
+            f"Budget(rho=1.0), got (0, {1 << 40})",
+        ),
+        (
+            ["--sum", "--columns", "bit", "--range", f"0,{1 << 40}", "--horizon", "none"]
+            + ["--epsilon", 1e-9, "a.csv"],
+            "Question: range must ask for exact noise of less than 61 bits within "
+            f"Budget.pure(epsilon=1e-09), got (0, {1 << 40})",
         ),
         (
             ["--sum", "--columns", "bit", "--range", f"0,{1 << 40}", "--horizon", 1 << 30]

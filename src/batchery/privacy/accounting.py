@@ -91,7 +91,9 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
     number("gaussian_delta", "epsilon", epsilon, at_least=0)
     log_a = _log_normal_cdf(mu / 2 - epsilon / mu)
     log_b = _log_normal_cdf(-mu / 2 - epsilon / mu) + epsilon
-    return math.exp(log_a) * -math.expm1(min(0.0, log_b - log_a))
+    # Where μ is tiny both are nearly equal: what their rounding can hide is added to the gap.
+    rounding = 1e-15 * (1 + 2 * epsilon - log_a - log_b)
+    return math.exp(log_a) * -math.expm1(min(0.0, log_b - log_a) - rounding)
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
@@ -160,7 +162,7 @@ class Budget:
         gaussian: the loss is that of one continuous Gaussian mechanism with μ = √(2ρ).
 
     Raises:
-        ValueError: ρ is negative, ε is not positive, or δ is not in (0, 1).
+        ValueError: ρ or ε is negative, δ is not in (0, 1), or these do not fit each other.
 
     Example:
         >>> Budget(rho=0.5).epsilon(1e-6) < 5.23
@@ -175,16 +177,32 @@ class Budget:
     gaussian: bool = False
 
     def __post_init__(self) -> None:
-        """Check ρ; the constructors check the rest."""
+        """Check that all fields promise the same."""
         number("Budget", "rho", self.rho, at_least=0)
         require(math.isfinite(self.rho), "Budget", "rho", "must be finite", self.rho)
+        pure, target = self.pure_epsilon, self.target
+        plain = not self.gaussian or (pure is None and target is None)
+        rule = "must be False with pure_epsilon or target"
+        require(plain, "Budget", "gaussian", rule, self.gaussian)
+        if pure is not None:
+            number("Budget", "pure_epsilon", pure, at_least=0)  # 0: nothing was spent
+            half = pure * pure / 2
+            require(self.rho == half, "Budget", "rho", f"must be ε²/2 = {half}", self.rho)
+            rule = "must not be given with pure_epsilon"
+            require(target is None, "Budget", "target", rule, target)
+        if target is not None:
+            number("Budget", "target", target[0], above=0)
+            number("Budget", "target", target[1], above=0, below=1)
+            fits = zcdp_epsilon(self.rho, target[1]) <= target[0]
+            require(fits, "Budget", "rho", f"must be within {target}, its (ε, δ)", self.rho)
 
     @classmethod
     def approx(cls, epsilon: float, delta: float) -> "Budget":
         """Return the budget of (ε, δ)-differential privacy."""
         number("Budget.approx", "epsilon", epsilon, above=0)
         number("Budget.approx", "delta", delta, above=0, below=1)
-        return cls(zcdp_rho(epsilon, delta), target=(float(epsilon), float(delta)))
+        target = float(epsilon), float(delta)
+        return cls(zcdp_rho(*target), target=target)
 
     @classmethod
     def pure(cls, epsilon: float) -> "Budget":
@@ -194,7 +212,8 @@ class Budget:
 
     @classmethod
     def _pure(cls, epsilon: float) -> "Budget":
-        return cls(epsilon * epsilon / 2, pure_epsilon=float(epsilon))
+        epsilon = float(epsilon)
+        return cls(epsilon * epsilon / 2, pure_epsilon=epsilon)
 
     def epsilon(self, delta: float = 0.0) -> float:
         """Return ε at δ; infinity where nothing is promised.
@@ -218,6 +237,9 @@ class Budget:
         """Return what one continuous Gaussian mechanism may spend under this budget.
 
         Under an (ε, δ) budget that is more than ρ, by the exact line of μ.
+
+        Raises:
+            ValueError: the budget is pure, under which there is no Gaussian noise.
         """
         if self.target is None:
             return replace(self, gaussian=True)

@@ -20,6 +20,7 @@ from batchery.privacy.accounting import Budget
 from batchery.privacy.counters import TreeCounter
 from batchery.privacy.mechanism import Commit, Mechanism, State
 from batchery.privacy.noise_rows import Noise
+from batchery.privacy.saved_state import kind_of
 
 
 class OnOneRank:
@@ -220,9 +221,9 @@ class PrivateAccuracy:
             there = name in state_dict
             require(there, "PrivateAccuracy", "state_dict", f"must hold {name!r}", "none")
         base, since = state_dict["base"], state_dict["since"]
-        fits = isinstance(base, Tensor) and base.shape == self._base.shape
-        rule = f"must have a 'base' of shape {list(self._base.shape)}"
-        require(fits, "PrivateAccuracy", "state_dict", rule, type(base).__name__)
+        wanted, found = kind_of(self._base), kind_of(base)
+        rule = f"must hold 'base' as {wanted}"
+        require(found == wanted, "PrivateAccuracy", "state_dict", rule, found)
         integer("PrivateAccuracy", "state_dict['since']", since, at_least=0)
         self.counter.load_state_dict(state_dict["counter"])
         self._base, self._since = base.cpu().clone(), since

@@ -244,8 +244,8 @@ class ColumnMechanism(Mechanism):
     def _inner_state(self) -> State:
         return {"raw": self._raw.state(), "previous": self._previous}
 
-    def _load_inner(self, state: State) -> None:
-        self._raw.load(state["raw"])
+    def _load_inner(self, state: State, t: int) -> None:
+        self._raw.load(state["raw"], t)
         self._previous = int(state["previous"])
 
     def _settings(self) -> State:

@@ -201,8 +201,8 @@ class Counter(Mechanism):
     def _inner_state(self) -> State:
         return self._sum.state()
 
-    def _load_inner(self, state: State) -> None:
-        self._sum.load(state)
+    def _load_inner(self, state: State, t: int) -> None:
+        self._sum.load(state, t)
 
     def _settings(self) -> State:
         return {
@@ -210,6 +210,7 @@ class Counter(Mechanism):
             "row_sensitivity": self.row_sensitivity,
             "clip": self.clip,
             "adjacency": self.adjacency,
+            "dtype": str(self.dtype).removeprefix("torch."),
         }
 
 
@@ -225,7 +226,8 @@ class TreeCounter(Counter):
                 have made of it. √d for rows of d bits, d with a pure one.
         estimator: `"prefix"`, or `"honaker"`, which has half the variance and real releases.
         sampler: `"discrete"`: integer rows, exact integer noise; sums are int64 and wrap beyond
-            2^63, which is wrong and tells nothing. `"float"`: no formal guarantee.
+            2^63 with their noise, modulo 2^64, which is wrong and tells nothing. `"float"`: no
+            formal guarantee.
         clip: keep the promise: `"l2"` shortens rows, `"linf"` clamps entries.
         adjacency: what clipping has to hide: a record replaced by another, or by a row of zeros.
         noise: draws the noise in place of the sampler's own; for tests.

@@ -258,7 +258,6 @@ class FactorizationCounter(Counter):
             "min_separation": self.min_separation,
             "max_participations": self.max_participations,
             "memory_budget": self.memory_budget,
-            "dtype": str(self.dtype).removeprefix("torch."),
         }
 
 

@@ -44,15 +44,26 @@ from batchery.privacy.stream import Stream
 
 
 class BudgetExceeded(ValueError):
-    """A stream would take more than what is left of the total; it was not opened."""
+    """A stream would take more than what is left of the total; it was not opened.
+
+    Example:
+        >>> import tempfile
+        >>> from batchery.privacy import TreeCounter
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with Ledger(f"{folder}/clicks.db", total=Budget(rho=0.5)) as ledger:
+        ...         ledger.open("clicks", TreeCounter(9, budget=Budget(rho=0.6)))
+        Traceback (most recent call last):
+        batchery.privacy.ledger.BudgetExceeded: stream 'clicks' costs Budget(rho=0.6); of the
+        ledger's Budget(rho=0.5), nothing is reserved already
+    """
 
 
 def within(total: Budget, costs: Sequence[Budget]) -> bool:
     """Say whether mechanisms of these costs, run beside each other, stay within a total.
 
     Pure ε add up under a pure total. Under another ρ does; and if all of them are continuous
-    Gaussian mechanisms, μ² does, against the μ of (ε, δ). Numbers are taken as the decimals they
-    are written as: 0.1 and 0.2 fit into 0.3.
+    Gaussian mechanisms, μ² does, against the μ of (ε, δ). A total of Gaussian loss takes no others.
+    Numbers are taken as the decimals they are written as: 0.1 and 0.2 fit into 0.3.
 
     Example:
         >>> within(Budget(rho=0.3), [Budget(rho=0.1), Budget(rho=0.2)])
@@ -63,7 +74,10 @@ def within(total: Budget, costs: Sequence[Budget]) -> bool:
     if total.pure_epsilon is not None:
         pure = [cost.pure_epsilon for cost in costs if cost.pure_epsilon is not None]
         return len(pure) == len(costs) and _sum(pure) <= _sum([total.pure_epsilon])
-    limit = total.for_gaussian() if all(cost.gaussian for cost in costs) else total
+    gaussian = all(cost.gaussian for cost in costs)
+    if total.gaussian and not gaussian:
+        return False
+    limit = total.for_gaussian() if gaussian else total
     return _sum([cost.rho for cost in costs]) <= _sum([limit.rho])
 
 
@@ -174,7 +188,8 @@ class Ledger:
 
         Args:
             name: of the stream.
-            mechanism: a new one, with the stream's parameters; it is given the saved state.
+            mechanism: a new one, with the stream's parameters and, if its noise was another's,
+                another's again; it is given the saved state.
             declared: further parameters, plain values; from the first step on they must be the
                 same every time.
             published: steps whose releases the world is known to have seen.
@@ -189,9 +204,10 @@ class Ledger:
         require(bool(name), "Ledger", "name", "must not be empty", name)
         require(mechanism.t == 0, "Ledger", "mechanism", "must be new", mechanism)
         state, own = mechanism.state_dict(), dict(declared or {})
-        twice = sorted(own.keys() & state["settings"].keys())
+        injected = {"injected": mechanism.injected}
+        twice = sorted(own.keys() & (state["settings"] | injected).keys())
         require(not twice, "Ledger", "declared", "must not name the mechanism's settings", twice)
-        parameters = json.loads(json.dumps({**state["settings"], **own}))
+        parameters = json.loads(json.dumps({**state["settings"], **own, **injected}))
         cost = mechanism.cost
         head = {
             "name": name,
@@ -206,11 +222,14 @@ class Ledger:
         with ExitStack() as undo:
             with self.file.writing():
                 entry = next((e for e in self.file.entries() if e.head["name"] == name), None)
+                begun = entry is not None and entry.head["t"] > 0
+                if not begun:  # refused before there is a lock, whose file would stay
+                    self._require_room(name, cost)
+                    mechanism.resume(state, published=int(published))
                 entry = entry or self.file.add(head, state_to_bytes(state))
                 lock = self.file.lock(entry.id, name)
                 undo.callback(lock.close)
-                if entry.head["t"] == 0:
-                    self._require_room(name, cost)
+                if not begun:
                     entry = replace(entry, head=head, state=state_to_bytes(state))
                 owner = f"stream {name!r}"
                 check_fits(owner, entry.head["declared"], parameters)

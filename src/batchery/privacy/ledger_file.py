@@ -40,15 +40,43 @@ CREATE TABLE releases (
 
 
 class LedgerError(RuntimeError):
-    """A ledger cannot be used as it is; nothing has been released."""
+    """A ledger cannot be used as it is; nothing has been released.
+
+    Example:
+        >>> issubclass(CorruptLedger, LedgerError), issubclass(LedgerConflict, LedgerError)
+        (True, True)
+    """
 
 
 class CorruptLedger(LedgerError):
-    """A ledger is damaged, empty, gone, or no ledger. Its content is left as it is."""
+    """A ledger is damaged, empty, gone, or no ledger. Its content is left as it is.
+
+    Example:
+        >>> from batchery.privacy import Ledger
+        >>> with tempfile.NamedTemporaryFile() as file:
+        ...     try:
+        ...         Ledger(file.name)
+        ...     except CorruptLedger as error:
+        ...         str(error).replace(file.name, "clicks.db")
+        'clicks.db is empty: a ledger never is'
+    """
 
 
 class LedgerConflict(LedgerError):
-    """Another process holds a stream, or has moved it on; nothing has been drawn."""
+    """Another process holds a stream, or has moved it on; nothing has been drawn.
+
+    Example:
+        >>> from batchery.privacy import Budget, Ledger, TreeCounter
+        >>> def open_in(ledger):
+        ...     return ledger.open("clicks", TreeCounter(9, budget=Budget(rho=0.5)))
+        >>> with tempfile.TemporaryDirectory() as folder, Ledger(f"{folder}/clicks.db") as ledger:
+        ...     with open_in(ledger):
+        ...         try:
+        ...             open_in(ledger)
+        ...         except LedgerConflict as error:
+        ...             str(error).replace(f"{folder}/", "")
+        "stream 'clicks' of clicks.db is held by another process, or twice by this one"
+    """
 
 
 @dataclass(frozen=True)
@@ -59,6 +87,10 @@ class Release:
         t: step of the mechanism.
         value: a number, or nested lists of numbers.
         time: when it was written, UTC, ISO 8601.
+
+    Example:
+        >>> Release(3, 17, "2026-01-01T00:00:00.000+00:00").value
+        17
     """
 
     t: int

@@ -36,6 +36,7 @@ from batchery.privacy.accounting import Budget
 from batchery.privacy.law import NoiseKind
 from batchery.privacy.noise import LARGEST, DiscreteNoise, round_up
 from batchery.privacy.noise_rows import FloatNoise, Noise, Sampler
+from batchery.privacy.saved_state import Misfit
 
 State = dict[str, Any]
 Commit = Callable[[State], object]
@@ -52,6 +53,10 @@ class HorizonExceeded(ValueError):
         ...     str(error)
         'TreeCounter: 3 more after 0 is beyond the horizon of 2'
     """
+
+
+class Undrawable(ValueError):
+    """A budget, for what one record can change, asks for more noise than is drawn exactly."""
 
 
 def exact(value: float) -> Fraction:
@@ -120,14 +125,14 @@ class Mechanism(ABC):
         sampler: `"discrete"` for exact integer noise, `"float"` for research.
         noise: draws the noise in place of the sampler's own; for tests.
         device: of the sums; noise is drawn there, exact noise if `DiscreteNoise` can.
-        dtype: of float sums and noise.
+        dtype: of float sums and noise, a real floating-point one.
 
     Attributes:
         t: number of releases so far.
 
     Raises:
-        TypeError: the horizon is not an integer, or the budget no `Budget`.
-        ValueError: the horizon is below 1, or the budget 0.
+        TypeError: the horizon is not an integer, the budget no `Budget`, or the dtype none.
+        ValueError: the horizon is below 1, the budget 0, or the dtype not one of real numbers.
     """
 
     def __init__(
@@ -146,6 +151,10 @@ class Mechanism(ABC):
         require_type(isinstance(budget, Budget), self._owner, "budget", "must be a Budget", budget)
         require(budget.rho > 0, self._owner, "budget", "must be > 0", budget)
         one_of(self._owner, "sampler", sampler, get_args(Sampler))
+        is_dtype = isinstance(dtype, torch.dtype)
+        require_type(is_dtype, self._owner, "dtype", "must be a torch.dtype", dtype)
+        real = sampler == "discrete" or dtype.is_floating_point
+        require(real, self._owner, "dtype", "must be a real floating-point one", dtype)
         self.horizon = horizon
         self.budget = budget
         self.sampler = sampler
@@ -168,7 +177,8 @@ class Mechanism(ABC):
         """Return what releases may spend, when all of them are (or are not) Gaussian noise."""
         if gaussian and self.sampler == "float" and self.budget.pure_epsilon is None:
             return self.budget.for_gaussian()  # the exact line of μ is that of continuous noise
-        return Budget(self.budget.rho) if self.budget.target is not None else self.budget
+        # Whatever it was said to be: other noise of this ρ loses more than the line of μ.
+        return self.budget if self.budget.pure_epsilon is not None else Budget(self.budget.rho)
 
     @property
     def _owner(self) -> str:
@@ -180,9 +190,9 @@ class Mechanism(ABC):
         Args:
             largest: the numerator of a law's scale, or another number that has to fit.
         """
-        fits = self.sampler == "float" or largest < LARGEST
-        rule = "must ask for exact noise of less than 61 bits"
-        require(fits, self._owner, "budget", rule, self.budget)
+        if self.sampler == "discrete" and largest >= LARGEST:
+            rule = "must ask for exact noise of less than 61 bits"
+            raise Undrawable(f"{self._owner}: budget {rule}, got {self.budget!r}")
 
     def update(self, row: Any, *, commit: Commit | None = None) -> Any:
         """Add one row and return the release after it.
@@ -204,6 +214,8 @@ class Mechanism(ABC):
 
     def update_many(self, rows: Any, *, commit: Commit | None = None) -> Tensor:
         """Add rows one by one and return all releases, [n, …], as n calls of `update` would.
+
+        Bit for bit, but that `"sqrt"` of rows of shape () multiplies in another order: some 10⁻¹⁵.
 
         Args:
             rows: [n, …].
@@ -272,8 +284,8 @@ class Mechanism(ABC):
 
     @property
     def spent(self) -> Budget:
-        """What the releases so far have cost; more than the budget after redrawing them."""
-        return self._cost.share(self.fraction() * (1 + self.redraws))
+        """What the releases so far have cost, and a whole budget for every time of redrawing."""
+        return self._cost.share(self.fraction() + self.redraws)
 
     def last(self) -> Any:
         """Return the last release again, at no cost; None before the first."""
@@ -312,7 +324,7 @@ class Mechanism(ABC):
     def _inner_state(self) -> State: ...
 
     @abstractmethod
-    def _load_inner(self, state: State) -> None: ...
+    def _load_inner(self, state: State, t: int) -> None: ...
 
     def _all_settings(self) -> State:
         return {
@@ -350,6 +362,8 @@ class Mechanism(ABC):
         except BaseException as error:
             if before is not None:
                 self._load(before)
+            if isinstance(error, Misfit):
+                raise ValueError(f"{self._owner}: state_dict must hold {error}") from None
             if isinstance(error, KeyError | TypeError | RuntimeError | AttributeError):
                 lack = f"no {error}" if isinstance(error, KeyError) else type(error).__name__
                 message = f"{self._owner}: state_dict must hold a whole 'inner' and 'noise'"
@@ -364,16 +378,20 @@ class Mechanism(ABC):
             require(name in state, self._owner, "state_dict", f"must hold {name!r}", "none")
         for name in ("t", "redraws"):
             integer(self._owner, f"state_dict[{name!r}]", state[name], at_least=0)
+        if self.horizon is not None:
+            rule, fits = f"must be <= {self.horizon}, the horizon", state["t"] <= self.horizon
+            require(fits, self._owner, "state_dict['t']", rule, state["t"])
         for name in ("settings", "inner"):
             rule, is_mapping = "must be a mapping", isinstance(state[name], Mapping)
             require_type(is_mapping, self._owner, f"state_dict[{name!r}]", rule, state[name])
         check_fits(self._owner, state["settings"], self._all_settings())
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        self._load_inner(state["inner"])
+        t = int(state["t"])
+        self._load_inner(state["inner"], t)
         if isinstance(self.noise, _OWN):  # last, for rows of noise move it when they are loaded
             self.noise.load(state["noise"])
-        self.t, self.redraws = int(state["t"]), int(state["redraws"])
+        self.t, self.redraws = t, int(state["redraws"])
         self._torn = False
 
     def resume(self, state: Mapping[str, Any], *, published: int, strict: bool = True) -> None:
@@ -382,8 +400,8 @@ class Mechanism(ABC):
         Args:
             state: the last one that was written.
             published: number of releases that have been published.
-            strict: refuse a state that is behind them. Otherwise they are drawn again, and
-                `spent` grows by a whole budget.
+            strict: refuse a state that is behind them. Otherwise they are drawn again, with other
+                noise unless its seed or generator was given, and `spent` grows by a whole budget.
 
         Raises:
             TypeError, ValueError: the state is behind what was published, and `strict`; or as

@@ -3,7 +3,8 @@
 
 Rows are drawn in blocks, since one at a time is slow; how many are taken at once does not change
 what they are. Noise that has been drawn and not yet used is never written down, never copied, and
-does not survive a fork: two processes with the same future noise would reveal what it hides.
+does not survive a fork: two runs with the same future noise would reveal what it hides. So states,
+copies and forks go on with new noise, unless a seed or a generator was given to begin with.
 
 Use `FloatNoise` for simulation, for training, and with factorisations whose coefficients are real.
 Its guarantee is that of real numbers, which floating-point numbers do not keep (Mironov 2012; the
@@ -18,9 +19,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from batchery._core.validate import one_of
+from batchery._core.validate import one_of, require
 from batchery.privacy.law import NoiseKind
 from batchery.privacy.noise import DiscreteNoise
+from batchery.privacy.saved_state import Misfit
 
 Sampler = Literal["discrete", "float"]
 _BLOCK = 1 << 14  # numbers drawn at once
@@ -40,7 +42,9 @@ class FloatNoise:
     """Floating-point noise from a torch generator: no formal guarantee, see the module.
 
     Args:
-        generator: of the noise; by default a new one, seeded by the system.
+        generator: of the noise; by default a new one, seeded by the system, and anew in every copy
+            and fork and after loading a state. One that is given stays the caller's: copies, forks
+            and states hold its position, and repeat what it draws.
         device: where noise is drawn; the generator's.
         dtype: of the noise.
 
@@ -58,17 +62,18 @@ class FloatNoise:
         dtype: torch.dtype = torch.float64,
     ) -> None:
         """Keep the generator, or seed one; see the class."""
-        if generator is None:
-            generator = torch.Generator(device or "cpu")
-            generator.seed()
-        self.generator = generator
+        self.given = generator is not None
+        self.generator = _seeded(device or "cpu") if generator is None else generator
         self.dtype = dtype
+        self._process = os.getpid()
 
     def sample(
         self, kind: NoiseKind | Literal["gumbel"], scale: Fraction, shape: tuple[int, ...]
     ) -> Tensor:
         """Draw independent numbers of variance σ² = scale, or of Laplace or Gumbel scale b."""
         one_of("FloatNoise", "kind", kind, ("gaussian", "laplace", "gumbel"))
+        if self._process != os.getpid():
+            self.renew()
         drawn = torch.empty(shape, dtype=self.dtype, device=self.generator.device)
         if kind == "gaussian":
             return drawn.normal_(generator=self.generator).mul_(math.sqrt(scale))
@@ -78,17 +83,52 @@ class FloatNoise:
         other = torch.empty_like(drawn).exponential_(generator=self.generator)
         return drawn.sub_(other).mul_(float(scale))
 
-    def state(self) -> Tensor:
-        """Return the state of the generator."""
-        return self.generator.get_state()
+    def renew(self) -> None:
+        """Seed the generator anew, unless it was given."""
+        if not self.given:
+            self.generator = _seeded(self.generator.device)
+        self._process = os.getpid()
 
-    def load(self, state: Tensor) -> None:
-        """Set the state of the generator."""
-        self.generator.set_state(state)
+    def state(self) -> Tensor | None:
+        """Return the state of a generator that was given; None of one seeded by the system."""
+        return self.generator.get_state() if self.given else None
+
+    def load(self, state: Tensor | None) -> None:
+        """Set the state of a generator that was given; one seeded by the system is seeded anew.
+
+        Raises:
+            ValueError: the state is that of the other kind.
+        """
+        rule = "must be given if, and only if, it was to the saved noise"
+        shown = "one" if self.given else None
+        require((state is not None) == self.given, "FloatNoise", "generator", rule, shown)
+        if state is None:
+            self.renew()
+        else:
+            self.generator.set_state(state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave a generator seeded by the system out of copies."""
+        kept = self.__dict__.copy()
+        if not self.given:
+            kept["generator"] = self.generator.device
+        return kept
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        """Seed one in its place."""
+        self.__dict__.update(kept)
+        if not self.given:
+            self.generator = _seeded(kept["generator"])
 
     def __repr__(self) -> str:
         """Show where noise is drawn, and as what."""
         return f"FloatNoise(device='{self.generator.device}', dtype={self.dtype})"
+
+
+def _seeded(device: torch.device | str) -> torch.Generator:
+    generator = torch.Generator(device)
+    generator.seed()
+    return generator
 
 
 class NoiseRows:
@@ -128,7 +168,7 @@ class NoiseRows:
         """Return the next `n` rows, [n, *shape]. They may share memory with rows not yet taken."""
         if not self._rows:
             return self._draw(n)
-        if self._process != os.getpid() and self._entropy():
+        if self._process != os.getpid() and self._secret():
             self._forget()
         pieces = []
         while n:
@@ -142,8 +182,8 @@ class NoiseRows:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def state(self) -> dict[str, Any]:
-        """Return where the next row comes from; nothing of what it will be, if by entropy."""
-        if self._block is None or self._entropy():
+        """Return where the next row comes from; nothing of what it will be, if by the system."""
+        if self._block is None or self._secret():
             return {}
         return {"start": self._start, "used": self._used}
 
@@ -151,8 +191,11 @@ class NoiseRows:
         """Go to where a saved stream was. The noise itself must be loaded after all its rows."""
         self._forget()
         if state and isinstance(self.noise, DiscreteNoise | FloatNoise):
+            used = int(state["used"])
+            if not 0 <= used <= self._rows:
+                raise Misfit(f"'used' from 0 to {self._rows}, got {used}")
             self.noise.load(state["start"])
-            self.take(state["used"])
+            self.take(used)
 
     def _draw(self, n: int) -> Tensor:
         drawn = self.noise.sample(self.kind, self.scale, (n, *self.shape))
@@ -161,8 +204,8 @@ class NoiseRows:
     def _noise_state(self) -> Any:
         return self.noise.state() if isinstance(self.noise, DiscreteNoise | FloatNoise) else None
 
-    def _entropy(self) -> bool:
-        return isinstance(self.noise, DiscreteNoise) and self.noise.state() is None
+    def _secret(self) -> bool:
+        return self._noise_state() is None
 
     def _forget(self) -> None:
         self._block, self._used, self._start = None, 0, None
@@ -171,6 +214,6 @@ class NoiseRows:
     def __getstate__(self) -> dict[str, Any]:
         """Leave rows not yet used out of copies, unless a seed makes them known anyway."""
         kept = self.__dict__.copy()
-        if self._entropy():
+        if self._secret():
             kept.update(_block=None, _used=0, _start=None)
         return kept

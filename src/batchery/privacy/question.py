@@ -27,7 +27,7 @@ from batchery._core.validate import integer, one_of, require
 from batchery.privacy.accounting import Budget
 from batchery.privacy.counters import TreeCounter
 from batchery.privacy.max_sum import MaxSum, SumSelect
-from batchery.privacy.mechanism import Mechanism
+from batchery.privacy.mechanism import Mechanism, Undrawable
 from batchery.privacy.noise_rows import Noise
 
 Ask = Literal["count", "sum", "max", "select"]
@@ -152,6 +152,9 @@ class Question:
             every: records for each of them.
             budget: of all releases.
             noise: in place of the mechanism's own; for tests.
+
+        Raises:
+            ValueError: an argument is outside its range, or the noise it takes cannot be drawn.
         """
         if self.steps_each_record:
             build = MaxSum if self.ask == "max" else SumSelect
@@ -159,9 +162,15 @@ class Question:
             ones = 1 if self.values else None  # a record has one value, or none
             return build(records, self.width, budget=budget, max_ones=ones, noise=noise)
         sensitivity = self.sensitivity(pure=budget.pure_epsilon is not None)
-        return TreeCounter(
-            horizon, self.width, budget=budget, row_sensitivity=sensitivity, noise=noise
-        )
+        try:
+            return TreeCounter(
+                horizon, self.width, budget=budget, row_sensitivity=sensitivity, noise=noise
+            )
+        except Undrawable:
+            if self.ask != "sum":
+                raise
+            rule = f"range must ask for exact noise of less than 61 bits within {budget!r}"
+            raise Undrawable(f"Question: {rule}, got {self.range}") from None
 
     def rows(self, records: list[list[int]], every: int) -> Tensor:
         """Return what the mechanism is given for whole batches of records, [n, width]."""

@@ -15,6 +15,7 @@ from batchery.privacy.bounds import Recompute, Sparse
 from batchery.privacy.counters import Counter
 from batchery.privacy.noise_rows import Noise, NoiseRows
 from batchery.privacy.running_sum import epoch_of
+from batchery.privacy.saved_state import Misfit, fill_, same_step
 
 _CELLS = 1 << 22  # of rows that are summed at once
 
@@ -34,8 +35,8 @@ class RawRelease(Protocol):
     def state(self) -> dict[str, Any]:
         """Return what a resume needs."""
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+    def load(self, state: dict[str, Any], t: int) -> None:
+        """Go on from a state at step `t`."""
 
 
 class Held:
@@ -124,10 +125,10 @@ class Held:
         """Return the sums, what is held, and the position."""
         return {"t": self.t, "sums": self.sums.clone(), "held": self.held}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
-        self.t, self.held = int(state["t"]), int(state["held"])
-        self.sums.copy_(state["sums"])
+    def load(self, state: dict[str, Any], t: int) -> None:
+        """Go on from a state at step `t`."""
+        self.t, self.held = same_step(state, t), int(state["held"])
+        fill_(self.sums, state, "sums")
 
 
 class Counted:
@@ -177,8 +178,9 @@ class Counted:
         """Return the state of the counter and the index that is held."""
         return {"counter": self.counter.state_dict(), "index": self.index}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+    def load(self, state: dict[str, Any], t: int) -> None:
+        """Go on from a state at step `t`."""
+        same_step(state["counter"], t)
         self.counter.load_state_dict(state["counter"])
         self.index = int(state["index"])
 
@@ -243,10 +245,12 @@ class Fired:
             "queries": self.queries.state(),
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
-        self.sums.copy_(state["sums"])
+    def load(self, state: dict[str, Any], t: int) -> None:
+        """Go on from a state at step `t`."""
+        fill_(self.sums, state, "sums")
         self.held, self.firings = int(state["held"]), int(state["firings"])
+        if not 0 <= self.firings <= self.plan.firings:  # it would not stop
+            raise Misfit(f"'firings' from 0 to {self.plan.firings}, got {self.firings}")
         self.threshold = state["threshold"]
         self.queries.load(state["queries"])
 
@@ -281,9 +285,9 @@ class Constant:
         """Return the position."""
         return {"t": self.t}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
-        self.t = int(state["t"])
+    def load(self, state: dict[str, Any], t: int) -> None:
+        """Go on from a state at step `t`."""
+        self.t = same_step(state, t)
 
 
 def _parts(rows: Tensor) -> Sequence[Tensor]:

@@ -31,8 +31,9 @@ record. The same command goes on where it stopped: the ledger keeps the state.
   shop | batchery release --sum --columns amount --range 0,500 \\
       --horizon 5000 --epsilon 2 --ledger shop.db
 
-What all releases may cost is reserved at the start, and given back if there was none. Streams of
-one ledger add up: --total keeps them within one budget; without it a second one brings a warning.
+What all releases may cost is reserved at the start, and given back at the end if there was none; a
+run that is killed before its first keeps it until the stream is opened again. Streams of one ledger
+add up: --total keeps them within one budget; without it a second one brings a warning.
 
 THE LEDGER IS AS SENSITIVE AS THE RECORDS, and so are messages about lines."""
 

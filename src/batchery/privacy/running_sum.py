@@ -16,6 +16,7 @@ from torch import Tensor
 
 from batchery.privacy.law import NoiseKind
 from batchery.privacy.noise_rows import Noise, NoiseRows
+from batchery.privacy.saved_state import fill_, same_step
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class RunningSum(Protocol):
     def state(self) -> dict[str, Any]:
         """Return what a resume needs."""
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+    def load(self, state: dict[str, Any], t: int) -> None:
+        """Go on from a state at step `t`."""
 
 
 class Design(Protocol):
@@ -117,8 +118,8 @@ class PrefixNoise(Protocol):
     def state(self) -> dict[str, Any]:
         """Return what a resume needs."""
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+    def load(self, state: dict[str, Any], t: int) -> None:
+        """Go on from a state at step `t`."""
 
 
 class NoisySum:
@@ -162,10 +163,10 @@ class NoisySum:
         """Return the sum and the state of the noise."""
         return {"total": self.total.clone(), "noise": self.noise.state()}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
-        self.total.copy_(state["total"])
-        self.noise.load(state["noise"])
+    def load(self, state: dict[str, Any], t: int) -> None:
+        """Go on from a state at step `t`."""
+        fill_(self.total, state, "total")
+        self.noise.load(state["noise"], t)
 
 
 @dataclass(frozen=True)
@@ -278,12 +279,13 @@ class DoublingSum:
             "noise": self.noise.state(),
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
-        self.t = int(state["t"])
-        self.past = state["past"].to(self.past.device, self.past.dtype, copy=True)
-        self.inner = self.design.make(1 << epoch_of(max(self.t, 1))).begin(self.place)
-        self.inner.load(state["inner"])
+    def load(self, state: dict[str, Any], t: int) -> None:
+        """Go on from a state at step `t`."""
+        self.t = same_step(state, t)
+        fill_(self.past, state, "past")
+        rows = 1 << epoch_of(max(t, 1))
+        self.inner = self.design.make(rows).begin(self.place)
+        self.inner.load(state["inner"], t + 1 - rows)
         self.noise.load(state["noise"])
 
 

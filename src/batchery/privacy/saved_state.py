@@ -2,7 +2,7 @@
 """States of mechanisms as bytes: JSON, with tensors in base64. Reading them runs no code.
 
 They are exact: numbers come back as they were, bit for bit, and on the CPU. What they hold is as
-sensitive as the data.
+sensitive as the data. A part of a state that does not fit its place is refused, never stretched.
 """
 
 import base64
@@ -50,6 +50,45 @@ def state_from_bytes(data: bytes) -> dict[str, Any]:
     """
     found: dict[str, Any] = json.loads(data, object_hook=_tensor)
     return found
+
+
+class Misfit(ValueError):
+    """A part of a state does not fit its place; the message is for its owner to complete."""
+
+
+def fill_(tensor: Tensor, state: Mapping[str, Any], name: str) -> None:
+    """Copy a part of a state into a tensor of its shape and dtype, on whatever device.
+
+    Raises:
+        Misfit: it is no such tensor; nothing has been copied.
+
+    Example:
+        >>> fill_(torch.zeros(2), {"sums": torch.zeros(1)}, "sums")
+        Traceback (most recent call last):
+        batchery.privacy.saved_state.Misfit: 'sums' as float32 [2], got float32 [1]
+    """
+    found = state[name]
+    if kind_of(found) != kind_of(tensor):
+        raise Misfit(f"{name!r} as {kind_of(tensor)}, got {kind_of(found)}")
+    tensor.copy_(found)
+
+
+def same_step(state: Mapping[str, Any], t: int) -> int:
+    """Return the step that a part of a state is at, which must be that of the whole.
+
+    Raises:
+        Misfit: it is another.
+    """
+    if state["t"] != t:
+        raise Misfit(f"'t' of {t} in all its parts, got {state['t']!r}")
+    return t
+
+
+def kind_of(value: Any) -> str:
+    """Return dtype and shape of a tensor, or the type of what is none, as messages show them."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} {[*value.shape]}"
 
 
 def _plain(value: Any) -> Any:

@@ -26,6 +26,16 @@ class Stream:
     Attributes:
         mechanism: what releases; it is not to be updated but through the stream.
         published: the last step whose release was confirmed to have been shown.
+
+    Example:
+        >>> import tempfile
+        >>> from batchery.privacy import Budget, Ledger, TreeCounter
+        >>> with tempfile.TemporaryDirectory() as folder, Ledger(f"{folder}/clicks.db") as ledger:
+        ...     with ledger.open("clicks", TreeCounter(9, budget=Budget(rho=0.5))) as stream:
+        ...         shown = [release.value for release in stream.update_many([1, 1, 1])]
+        ...         stream.confirm(2)  # and a crash here would leave the third
+        ...         [release.t for release in stream.pending()]
+        [3]
     """
 
     def __init__(

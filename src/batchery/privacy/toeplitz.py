@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from batchery.privacy.running_sum import Place, PrefixNoise
+from batchery.privacy.saved_state import fill_, same_step
 
 Column = npt.NDArray[np.float64]
 _BASE = 64  # steps that are multiplied directly; longer reaches go by FFT
@@ -297,11 +298,11 @@ class SquareRootNoise:
             "rows": self.rows.state(),
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
-        self.t = int(state["t"])
-        self.z[: self.t] = state["z"]
-        self.ahead[max(0, self.t - 1) :] = state["ahead"]
+    def load(self, state: dict[str, Any], t: int) -> None:
+        """Go on from a state at step `t`."""
+        self.t = same_step(state, t)
+        fill_(self.z[:t], state, "z")
+        fill_(self.ahead[max(0, t - 1) :], state, "ahead")
         self.rows.load(state["rows"])
 
 
@@ -351,11 +352,11 @@ class IncrementNoise(ABC):
             "rows": self.rows.state(),
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
-        self.t = int(state["t"])
-        self.sum.copy_(state["sum"])
-        self.kept.copy_(state["kept"])
+    def load(self, state: dict[str, Any], t: int) -> None:
+        """Go on from a state at step `t`."""
+        self.t = same_step(state, t)
+        fill_(self.sum, state, "sum")
+        fill_(self.kept, state, "kept")
         self.rows.load(state["rows"])
 
 
@@ -410,8 +411,8 @@ class BufferedNoise(IncrementNoise):
         """Return the buffers with their decays and weights: a fit elsewhere may differ a little."""
         return super().state() | {"decays": self.decays.clone(), "weights": self.weights.clone()}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
-        super().load(state)
-        self.decays.copy_(state["decays"])
-        self.weights.copy_(state["weights"])
+    def load(self, state: dict[str, Any], t: int) -> None:
+        """Go on from a state at step `t`."""
+        super().load(state, t)
+        fill_(self.decays, state, "decays")
+        fill_(self.weights, state, "weights")

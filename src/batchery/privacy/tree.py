@@ -15,6 +15,7 @@ from batchery.privacy.accounting import Budget
 from batchery.privacy.law import NoiseKind
 from batchery.privacy.mechanism import calibrate
 from batchery.privacy.running_sum import NoisySum, Place, RunningSum, law_variance
+from batchery.privacy.saved_state import fill_, same_step
 
 Estimator = Literal["prefix", "honaker"]
 
@@ -169,10 +170,10 @@ class TreeNoise:
         """Return the stack, the position, and where the next row comes from."""
         return {"t": self.t, "stack": self.stack.clone(), "rows": self.rows.state()}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
-        self.t = int(state["t"])
-        self.stack.copy_(state["stack"])
+    def load(self, state: dict[str, Any], t: int) -> None:
+        """Go on from a state at step `t`."""
+        self.t = same_step(state, t)
+        fill_(self.stack, state, "stack")
         self.rows.load(state["rows"])
 
 
@@ -237,11 +238,11 @@ class HonakerSum:
             "rows": self.rows.state(),
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
-        self.t = int(state["t"])
-        self.sums.copy_(state["sums"])
-        self.estimates.copy_(state["estimates"])
+    def load(self, state: dict[str, Any], t: int) -> None:
+        """Go on from a state at step `t`."""
+        self.t = same_step(state, t)
+        fill_(self.sums, state, "sums")
+        fill_(self.estimates, state, "estimates")
         self.rows.load(state["rows"])
 
 
