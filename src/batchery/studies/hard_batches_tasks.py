@@ -54,7 +54,7 @@ SIZES: dict[Scale, dict[str, Size]] = {
         SPOKEN: Size("digits", "cnn", 64, 1, 8, None, 0.05, 1, 1, 1, False),
     },
     "cpu": {
-        "": Size("digits", "perceptron", 32, 12, 8, 95.0, 0.1, 2, 12, 2, False),
+        "": Size("digits", "perceptron", 32, 12, 8, 95.0, 0.2, 2, 12, 2, False),
         SPOKEN: _RECORDINGS,
     },
     "gpu": {
