@@ -19,16 +19,9 @@ from batchery.privacy import (
     hard_stream,
 )
 from batchery.privacy.bounds import recompute_max
-from batchery.studies import dp_continual
-from batchery.studies.dp_continual import (
-    BETA,
-    RHO,
-    STUDY,
-    Size,
-    exact_noise,
-    recomputed,
-    root_noise,
-)
+from batchery.studies import dp_continual, dp_continual_streams
+from batchery.studies.dp_continual import STUDY, recomputed, root_noise
+from batchery.studies.dp_continual_streams import BETA, RHO, SIZES, Size, exact_noise
 from batchery.studies.study import SCALES, Trial
 
 CPU = torch.device("cpu")
@@ -76,11 +69,11 @@ def test_the_mechanism_that_cheats_charges_one_release():
 
 def test_keywords_of_a_line_are_its_words(monkeypatch):
     text = "if x:\n    returning = 1\nreturn not None\n"
-    monkeypatch.setattr(dp_continual.datasets, "load", lambda name: text)
-    rows = dp_continual._keywords.__wrapped__()
+    monkeypatch.setattr(dp_continual_streams.datasets, "load", lambda name: text)
+    rows = dp_continual_streams._keywords.__wrapped__()
     assert rows.shape == (4, 35)
     assert rows.sum(1).tolist() == [1, 0, 3, 0]
-    assert rows[2, dp_continual.keyword.kwlist.index("None")]
+    assert rows[2, dp_continual_streams.keyword.kwlist.index("None")]
 
 
 def test_the_verdict_rests_on_the_hard_stream_alone():
@@ -101,16 +94,16 @@ def test_slopes_are_least_squares_on_logarithms():
 @pytest.fixture
 def toy(monkeypatch):
     size = Size((5, 6, 7), 7, (32, 64), 200, True)
-    monkeypatch.setitem(dp_continual.SIZES, "gpu", size)
+    monkeypatch.setitem(SIZES, "gpu", size)
     coins = np.random.default_rng(0)
     rows = torch.from_numpy(coins.random((64, 35)) < 0.1)
     requests = "time,prompt,output\r\n" + "\r\n".join(f"t,{2**k},9" for k in range(12))
-    monkeypatch.setattr(dp_continual, "_keywords", lambda: rows)
-    monkeypatch.setattr(dp_continual.datasets, "load", lambda name: requests)
-    for cached in (dp_continual._stream, dp_continual._answer):
+    monkeypatch.setattr(dp_continual_streams, "_keywords", lambda: rows)
+    monkeypatch.setattr(dp_continual_streams.datasets, "load", lambda name: requests)
+    for cached in (dp_continual_streams._stream, dp_continual_streams._answer):
         cached.cache_clear()
     yield Trial(0, "gpu", CPU)
-    for cached in (dp_continual._stream, dp_continual._answer):
+    for cached in (dp_continual_streams._stream, dp_continual_streams._answer):
         cached.cache_clear()
 
 
@@ -143,19 +136,19 @@ def test_the_gpu_path_runs_at_toy_size(toy):
 
 @pytest.mark.skipif(not datasets.is_here("azure-llm-conv"), reason="the requests are not here")
 def test_the_real_requests_have_one_length_each():
-    rows = dp_continual._stream.__wrapped__("requests", 0)
+    rows = dp_continual_streams._stream.__wrapped__("requests", 0)
     assert rows.shape == (19_366, 14)
     assert rows.sum(1).eq(1).all()
     assert rows.sum(0).argmax() == 10  # 1,024 to 2,047 tokens
 
 
 def test_answers_are_judged_against_the_stream(toy):
-    rows = dp_continual._stream("keywords", 64)
+    rows = dp_continual_streams._stream("keywords", 64)
     sums = rows.cumsum(0)
-    silent = dp_continual._answer(MaxSum, "silent", "keywords", 64, 0, CPU)
+    silent = dp_continual_streams._answer(MaxSum, "silent", "keywords", 64, 0, CPU)
     assert silent == (float(sums.max()), 64.0)
-    behind = dp_continual._answer(SumSelect, "silent", "keywords", 64, 0, CPU)[0]
+    behind = dp_continual_streams._answer(SumSelect, "silent", "keywords", 64, 0, CPU)[0]
     assert behind == float((sums.amax(1) - sums[:, 0]).max())
-    requests = dp_continual._stream("requests", 0)
+    requests = dp_continual_streams._stream("requests", 0)
     assert requests.int().tolist() == torch.eye(12).int().tolist()  # powers of two
-    assert dp_continual._stream("rare", 64).any(0).sum() <= 2
+    assert dp_continual_streams._stream("rare", 64).any(0).sum() <= 2

@@ -15,13 +15,9 @@ makes the noise of square roots and adds up the rows.
 
 from __future__ import annotations
 
-import functools
-import keyword
-import re
 import statistics
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -29,62 +25,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchery import datasets
-from batchery._core.random import derive_seed, new_generator
-from batchery.privacy import (
-    Audit,
-    Budget,
-    DiscreteNoise,
-    FloatNoise,
-    HardStream,
-    MaxSum,
-    SumSelect,
-    TreeCounter,
-    hard_shape,
-    hard_stream,
-)
+from batchery._core.random import new_generator
+from batchery.privacy import Audit, DiscreteNoise, FloatNoise, TreeCounter
 from batchery.privacy.bounds import Recompute, counted_miss, recompute_max
-from batchery.privacy.column_mechanism import ColumnMechanism
 from batchery.privacy.factorisation import factor_design
 from batchery.privacy.noise_rows import Noise
 from batchery.privacy.toeplitz import SquareRoot, sqrt_coefficients
-from batchery.studies.study import Comparison, Metric, Outcome, Scale, Study, Trial
+from batchery.studies.dp_continual_streams import (
+    BETA,
+    RHO,
+    SIZES,
+    answers,
+    exact_noise,
+    hard_with_maxima,
+)
+from batchery.studies.study import Comparison, Metric, Outcome, Study, Trial
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-RHO = Budget(rho=0.5)
-BETA = 0.05
 MU = 1.0  # √(2ρ)
 REPEATS = 256  # of a single release, whose error is no maximum over many
-RARE = ("async", "nonlocal")
-RARE_GUESS = 512  # what their maximum is publicly expected to stay below
-
-
-@dataclass(frozen=True)
-class Size:
-    """How large the streams are at a scale."""
-
-    exponents: tuple[int, ...]  # of the hard stream's horizons, powers of two
-    wide: int  # exponent of the horizon at which counters of all columns run on it too
-    lines: tuple[int, ...]  # of source code
-    audits: int  # runs with each record
-    trace: bool  # whether the requests are used: they may have to be fetched
-
-
-SIZES: dict[Scale, Size] = {
-    "smoke": Size((6, 8, 10), 8, (1 << 8, 1 << 10), 2_000, False),
-    "cpu": Size(tuple(range(10, 21)), 14, (1 << 12, 1 << 14, 1 << 16), 40_000, True),
-    "gpu": Size(tuple(range(10, 24)), 16, (1 << 14, 1 << 16, 1 << 18), 1_000_000, True),
-}
-
-
-def exact_noise(*keys: object) -> DiscreteNoise:
-    """Return exact noise that can be drawn again: nothing here is private."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return DiscreteNoise(insecure_seed=derive_seed("dp-continual", *keys))
 
 
 def recomputed(maxima: Tensor, plan: Recompute, noise: Noise, *, midpoint: bool) -> Tensor:
@@ -103,14 +65,6 @@ def root_noise(horizon: int, scale: Fraction, generator: torch.Generator) -> Ten
     product = torch.fft.rfft(z, 2 * horizon) * torch.fft.rfft(column, 2 * horizon)
     noise: Tensor = torch.fft.irfft(product, 2 * horizon)[:horizon]
     return noise
-
-
-@functools.lru_cache(maxsize=16)
-def _hard(exponent: int, seed: int) -> tuple[HardStream, Tensor]:
-    horizon = 1 << exponent
-    generator = new_generator("dp-continual", seed, exponent)
-    stream = hard_stream(horizon, *hard_shape(horizon, RHO.rho), generator)
-    return stream, stream.maxima()
 
 
 def _slope(horizons: Sequence[int], errors: Sequence[float]) -> float:
@@ -213,7 +167,7 @@ def _recompute(name: str) -> Callable[[Trial], Outcome]:
 
         def run(exponent: int) -> tuple[float, float]:
             nonlocal shown
-            stream, maxima = _hard(exponent, trial.seed)
+            stream, maxima = hard_with_maxima(exponent, trial.seed)
             plan = _plan(name, stream.horizon)
             noise = exact_noise(trial.seed, name, exponent)
             releases = recomputed(maxima, plan, noise, midpoint=name == "midpoint")
@@ -229,140 +183,15 @@ def _recompute(name: str) -> Callable[[Trial], Outcome]:
             noise = exact_noise(trial.seed, name, "audit")
             metrics["mu"] = _audited(plan, runs, noise, _phase(trial, 1))
         if name in ("recompute", "midpoint"):
-            real, more = _real(_phase(trial, 2), name)
+            real, more = answers(_phase(trial, 2), name)
             return Outcome(metrics | real, series | more)
         return Outcome(metrics, series)
 
     return run_arm
 
 
-@functools.cache
-def _keywords() -> Tensor:
-    """Return which of Python's keywords are in each line of its library, bool [lines, 35]."""
-    text = datasets.load("stdlib-text")
-    place = {word: column for column, word in enumerate(keyword.kwlist)}
-    line, marks = 0, []
-    for match in re.finditer(rf"\b(?:{'|'.join(keyword.kwlist)})\b|\n", text):
-        if match[0] == "\n":
-            line += 1
-        else:
-            marks.append((line, place[match[0]]))
-    rows = torch.zeros(line + 1, len(place), dtype=torch.bool)
-    rows[tuple(torch.tensor(marks).T)] = True
-    return rows
-
-
-@functools.cache
-def _stream(name: str, length: int) -> Tensor:
-    """Return the first rows of a real stream; all of them for length 0."""
-    if name == "requests":  # one bit: the power of two below the number of prompt tokens
-        lines = datasets.load("azure-llm-conv").split("\n")[1:]
-        prompt = torch.tensor([int(line.split(",")[1]) for line in lines if line])
-        found = torch.nn.functional.one_hot(prompt.clamp(min=1).double().log2().long()).bool()
-    else:
-        found = _keywords()
-        if name == "rare":
-            kept = torch.tensor([word in RARE for word in keyword.kwlist])
-            found = found & kept
-    return found[:length] if length else found
-
-
-Build = Callable[..., ColumnMechanism]  # MaxSum or SumSelect
-
-
-def _build(
-    build: Build,
-    arm: str,
-    shape: Sequence[int],
-    keys: tuple[object, ...],
-    device: torch.device,
-    kinds: dict[str, Any],
-) -> ColumnMechanism:
-    """Make an arm's mechanism as the library does, with noise that can be drawn again."""
-    keys = (build.__name__, arm, *keys)
-    noise: Noise = exact_noise(*keys)
-    if arm == "sqrt":
-        noise = FloatNoise(new_generator(*keys, device=device))
-        kinds = kinds | {"sampler": "float"}
-    if arm == "recompute" and build is MaxSum:
-        kinds = kinds | {"hold": "last"}
-    mechanism = "recompute" if arm == "midpoint" else arm
-    return build(*shape, mechanism=mechanism, noise=noise, device=device, **kinds)
-
-
-@functools.lru_cache(maxsize=64)
-def _answer(
-    build: Build, arm: str, name: str, length: int, seed: int, device: torch.device
-) -> tuple[float, float]:
-    """Return the worst error of an arm on a real stream, and its bound.
-
-    "auto" is the run of the arm that it chooses; "silent" answers 0 and asks nothing.
-    """
-    rows = _stream(name, length)
-    sums = rows.cumsum(0)
-    top = sums.amax(1)
-    if arm == "silent":
-        off = top if build is MaxSum else top - sums[:, 0]
-        return float(off.max()), float(len(rows))
-    kinds: dict[str, Any] = {"budget": RHO, "beta": BETA}
-    if build is MaxSum and name == "rare":
-        kinds["expected_max"] = min(RARE_GUESS, len(rows))
-    if arm == "auto":
-        chosen = build(*rows.shape, mechanism="auto", sampler="float", **kinds).mechanism
-        chosen = "midpoint" if chosen == "recompute" else chosen
-        return _answer(build, chosen, name, length, seed, device)
-    mechanism = _build(build, arm, rows.shape, (seed, name, length), device, kinds)
-    releases = mechanism.update_many(rows.to(device)).cpu()
-    told = releases if build is MaxSum else sums.gather(1, releases[:, None])[:, 0]
-    return float((told - top).abs().max()), mechanism.error_bound(BETA)
-
-
-def _wide(arm: str, trial: Trial) -> float:
-    """Return the worst error on the hard stream, at a horizon that a counter can carry."""
-    exponent = SIZES[trial.scale].wide
-    stream, maxima = _hard(exponent, trial.seed)
-    shape = (stream.horizon, stream.num_columns)
-    kinds: dict[str, Any] = {"budget": RHO, "beta": BETA}
-    if arm == "silent":
-        return float(maxima.max())
-    if arm == "auto":
-        chosen = MaxSum(*shape, sampler="float", **kinds).mechanism
-        arm = "midpoint" if chosen == "recompute" else chosen
-    mechanism = _build(MaxSum, arm, shape, (trial.seed, exponent), trial.device, kinds)
-    parts = [mechanism.update_many(chunk.to(trial.device)) for chunk in stream.chunks()]
-    return float((torch.cat(parts).cpu() - maxima).abs().max())
-
-
-def _real(trial: Trial, arm: str) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Return how far off an arm is on real streams, and on the hard one at a moderate horizon."""
-    size = SIZES[trial.scale]
-    most = size.lines[-1]
-    asked: dict[str, tuple[Build, str, int]] = {"error_rare": (MaxSum, "rare", most)}
-    if size.trace:
-        asked["error_requests"] = (MaxSum, "requests", 0)
-    if arm not in ("sparse", "midpoint"):  # which do not choose an index
-        asked["behind_code"] = (SumSelect, "keywords", most)
-        if size.trace:
-            asked["behind_requests"] = (SumSelect, "requests", 0)
-    every = [(MaxSum, "keywords", length) for length in size.lines] + [*asked.values()]
-    found = []
-    for done, (build, name, length) in enumerate(every):
-        trial.progress(done, len(every) + 1)
-        found.append(_answer(build, arm, name, length, trial.seed, trial.device))
-    trial.progress(len(every), len(every) + 1)
-    curve, rest = found[: len(size.lines)], found[len(size.lines) :]
-    metrics = {name: error for name, (error, _) in zip(asked, rest, strict=True)}
-    metrics |= {"error_wide": _wide(arm, trial), "error_code": curve[-1][0]}
-    series = {
-        "lines": [float(length) for length in size.lines],
-        "error_code": [error for error, _ in curve],
-        "bound_code": [bound for _, bound in curve],
-    }
-    return metrics, series
-
-
 def _mechanism(arm: str) -> Callable[[Trial], Outcome]:
-    return lambda trial: Outcome(*_real(trial, arm))
+    return lambda trial: Outcome(*answers(trial, arm))
 
 
 _HARD = ("naive", "recompute", "midpoint", "count tree", "count sqrt", "batch", "cheat")

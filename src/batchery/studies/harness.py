@@ -2,8 +2,7 @@
 """Runs a study: every arm on every seed, measured, interruptible, with one JSON as the result.
 
 Each finished run is kept under `<results>/.runs` until its study is complete, so the same command
-after Ctrl-C goes on where it stopped. A kept run is used again only when the library's code, the
-versions, the device and the thread count are those that made it.
+after Ctrl-C goes on where it stopped.
 """
 
 import contextlib
@@ -14,7 +13,6 @@ import json
 import math
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -23,18 +21,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 
 from batchery import datasets
 from batchery._core.state import atomic_write
 from batchery._core.validate import integer, one_of
+from batchery.studies.records import KeptRuns, measure, to_json
 from batchery.studies.study import (
     SCALES,
     Comparison,
     Metric,
-    Outcome,
     Scale,
     Study,
     Trial,
@@ -119,36 +117,6 @@ def _commit() -> str | None:
     return head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
 
 
-class _PeakMemory:
-    """Peak memory between construction and `read()`, in MiB: of the process and of CUDA."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        try:  # Linux: forget the peak of earlier runs, so that each run has its own
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            pass
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-
-    def read(self) -> dict[str, float]:
-        peaks = {"process_mib": self._process()}
-        if self._device.type == "cuda":
-            peaks["cuda_mib"] = torch.cuda.max_memory_allocated(self._device) / 2**20
-        return {name: round(value, 1) for name, value in peaks.items()}
-
-    @staticmethod
-    def _process() -> float:
-        try:
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("VmHWM"):
-                    return int(line.split()[1]) / 2**10
-        except OSError:
-            pass
-        unit = 2**20 if platform.system() == "Darwin" else 2**10
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
 def run_study(
     study: Study,
     scale: Scale,
@@ -197,7 +165,7 @@ def run_study(
     arms = {arm: function for arm, function in study.arms.items() if arm not in left_out}
     with _threads(study.threads):
         where = environment(device)
-        kept = _KeptRuns(_runs_folder(results, study.slug, scale), where)
+        kept = KeptRuns(_runs_folder(results, study.slug, scale), where)
         total = len(arms) * count + (study.prepare is not None)
         done = 0
 
@@ -208,7 +176,7 @@ def run_study(
             record = kept.load(label, seed)
             if record is None:
                 tick = _throttled(lambda part: on_progress(name, (done + part) / total))
-                record = _measure(function, Trial(seed, scale, device, prepared, tick), device)
+                record = measure(function, Trial(seed, scale, device, prepared, tick), device)
                 kept.save(label, seed, record)
             done += 1
             on_progress(name, done / total)
@@ -305,36 +273,6 @@ def _fault(result: Any) -> str:
     return ""
 
 
-def to_json(value: Any) -> str:
-    """Write a result as JSON; NaN and infinity, which JSON lacks, become null."""
-    return json.dumps(_finite(value), indent=1, ensure_ascii=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def _measure(
-    function: Callable[[Trial], Any], trial: Trial, device: torch.device
-) -> dict[str, Any]:
-    memory = _PeakMemory(device)
-    begin = time.perf_counter()
-    value = function(trial)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - begin
-    record: dict[str, Any] = {"seconds": round(seconds, 3), "memory": memory.read()}
-    if isinstance(value, Outcome):
-        return {"metrics": dict(value.metrics), "series": dict(value.series), **record}
-    return {"value": value, **record}
-
-
 @contextlib.contextmanager
 def _threads(count: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -413,40 +351,3 @@ def _assemble(
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
-
-
-def _is_record(value: Any) -> TypeGuard[dict[str, Any]]:
-    """Say whether a value has the shape of what `_measure` returns."""
-    if not isinstance(value, dict):
-        return False
-    own = ("metrics", "series") if "metrics" in value else ("value",)
-    kinds = {"seconds": float} | dict.fromkeys(("memory", *own), dict)
-    return value.keys() == kinds.keys() and all(
-        isinstance(value[name], kind) for name, kind in kinds.items()
-    )
-
-
-class _KeptRuns:
-    """Finished runs of an unfinished study; each file says what made it."""
-
-    def __init__(self, folder: Path, where: dict[str, Any]) -> None:
-        self._folder = folder
-        self._made_by = {key: where[key] for key in ("source", "device", "threads", "versions")}
-
-    def _path(self, label: str, seed: int) -> Path:
-        return self._folder / f"{label}.{seed}.json"
-
-    def load(self, label: str, seed: int) -> dict[str, Any] | None:
-        """Return a run that is whole and was made by what runs now; any other counts as absent."""
-        try:
-            kept = json.loads(self._path(label, seed).read_text())
-        except (OSError, ValueError):
-            return None
-        if not isinstance(kept, dict) or kept.get("made_by") != self._made_by:
-            return None
-        record = kept.get("record")
-        return record if _is_record(record) else None
-
-    def save(self, label: str, seed: int, record: dict[str, Any]) -> None:
-        kept = {"made_by": self._made_by, "record": record}
-        atomic_write(self._path(label, seed), to_json(kept).encode())
