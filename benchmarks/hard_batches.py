@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import BatchSampler, RandomSampler, WeightedRandomSampler
 
 from batchery.select import HardBatchSampler, ResumableBatchSampler
-from batchery.select.hardness import falling, highest
+from batchery.select.selection import falling, highest
 from batchery.studies.hard_batches_tasks import resnet18
 from batchery.studies.harness import environment
 

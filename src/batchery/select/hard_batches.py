@@ -36,7 +36,7 @@ a ranking of all examples would cost more than the selection.
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence, Sized
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -45,33 +45,10 @@ from torch import Tensor
 
 from batchery._core.random import new_generator
 from batchery._core.validate import integer, number, one_of, require
+from batchery.select import selection
 from batchery.select.batch_sampler import ResumableBatchSampler
-from batchery.select.hardness import (
-    Floats,
-    Hardness,
-    Ints,
-    as_indices,
-    as_losses,
-    chances,
-    explore,
-    falling,
-    force,
-    highest,
-)
-
-
-class RoundStats(NamedTuple):
-    """What a selection looked like.
-
-    Attributes:
-        mean_selected: mean score of the selected units that have one; NaN when none has.
-        mean_all: the same over all units.
-        age_max: rounds since the unit that was left out longest was trained; 0 at first.
-    """
-
-    mean_selected: float
-    mean_all: float
-    age_max: int
+from batchery.select.hardness import Hardness, as_indices, as_losses
+from batchery.select.selection import Ints, RoundStats
 
 
 def train_budget(
@@ -194,11 +171,11 @@ class HardBatchSampler(ResumableBatchSampler):
         one_of(owner, f"regroup in mode {mode!r}", regroup, groups)
         one_of(owner, f"order with regroup {regroup!r}", order, orders)
         one_of(owner, "refresh", refresh, ("stale", "ema"))
-        number(owner, "delta", delta, above=0, at_most=1)
-        number(owner, "ema", ema, at_least=0, at_most=1)
-        number(owner, "exploration", exploration, at_least=0, at_most=1)
-        number(owner, "clip_quantile", clip_quantile, above=0, at_most=1)
-        integer(owner, "max_age", max_age, at_least=0)
+        self.delta = number(owner, "delta", delta, above=0, at_most=1)
+        self.ema = number(owner, "ema", ema, at_least=0, at_most=1)
+        self.exploration = number(owner, "exploration", exploration, at_least=0, at_most=1)
+        self.clip_quantile = number(owner, "clip_quantile", clip_quantile, above=0, at_most=1)
+        self.max_age = integer(owner, "max_age", max_age, at_least=0)
         if temperature is not None:
             number(owner, "temperature", temperature, above=0)
             plain = exploration == 0 and max_age == 0
@@ -206,11 +183,11 @@ class HardBatchSampler(ResumableBatchSampler):
             require(plain, owner, "temperature", rule, temperature)
             rule = "must be None in mode 'batch' without drop_last: a short batch may come twice"
             require(drop_last or not whole, owner, "temperature", rule, temperature)
-        integer(owner, "warmup_epochs", warmup_epochs, at_least=1)
-        every = integer(owner, "repartition_every", repartition_every, at_least=0)
-        movable = whole and shuffle_partition
+        self.warmup_epochs = integer(owner, "warmup_epochs", warmup_epochs, at_least=1)
+        self.repartition_every = integer(owner, "repartition_every", repartition_every, at_least=0)
+        fits = repartition_every == 0 or (whole and shuffle_partition)
         rule = "must be 0 unless mode is 'batch' and shuffle_partition is on"
-        require(movable or every == 0, owner, "repartition_every", rule, every)
+        require(fits, owner, "repartition_every", rule, repartition_every)
         super().__init__(
             data_source_or_len,
             batch_size,
@@ -221,28 +198,16 @@ class HardBatchSampler(ResumableBatchSampler):
             world_size=world_size,
             process_group=process_group,
         )
-        self.delta = delta
-        self.mode = mode
-        self.regroup = regroup
-        self.refresh = refresh
-        self.ema = ema
-        self.temperature = temperature
-        self.exploration = exploration
-        self.max_age = max_age
-        self.warmup_epochs = warmup_epochs
-        self.order = order
-        self.repartition_every = repartition_every
-        self.clip_quantile = clip_quantile
+        self.mode, self.regroup, self.order = mode, regroup, order
+        self.refresh, self.temperature = refresh, temperature
         batches = self.batches_per_epoch
         require(batches >= 2, owner, "data_source_or_len", "must make at least 2 batches", batches)
         self._unit_size = batch_size if whole else 1  # examples of a unit
         units, least = (batches, 1) if whole else (self.num_examples, batch_size)
-        kept = int(delta * units)
-        if kept < least:
-            warnings.warn(
-                f"{owner}: delta {delta} is less than one batch; keeping one", stacklevel=2
-            )
-            kept = least
+        kept = max(least, int(delta * units))
+        if delta * units < least:
+            message = f"{owner}: delta {delta} is less than one batch; keeping one"
+            warnings.warn(message, stacklevel=2)
         self._kept = kept - kept % least if drop_last else kept
         keep = ema if refresh == "ema" else 0.0
         self._hardness = Hardness(self.num_examples, units, keep)
@@ -261,12 +226,9 @@ class HardBatchSampler(ResumableBatchSampler):
     def _deal(self, number: int) -> None:
         """Draw the fixed batches: the order they are cut from, and the batch of each example."""
         size, count = self._first_batch_size, self.num_examples
-        generator = new_generator(self._seed, "partition", number)
-        dealt = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        self._partition = dealt[: count - count % size] if self.drop_last else dealt
+        generator = new_generator(self._seed, "partition", number) if self.shuffle else None
+        self._partition, self._batch_of = selection.deal(count, size, self.drop_last, generator)
         self._partition_number = number
-        self._batch_of = np.full(count, -1)
-        self._batch_of[self._partition.numpy()] = np.arange(len(self._partition)) // size
 
     def _units_of(self, examples: Ints) -> Ints:
         """Return the units that examples belong to; -1 for those that are in no batch."""
@@ -339,57 +301,32 @@ class HardBatchSampler(ResumableBatchSampler):
         scores = hardness.complete()
         total = len(scores)
         count = total if epoch < self.warmup_epochs else self._kept
-        if count < total and self.clip_quantile < 1:
+        selects = count < total
+        if selects and self.clip_quantile < 1:
             noise = total - round(self.clip_quantile * total)
-            scores[highest(hardness.complete(unseen=-math.inf), noise)] = -np.inf
+            scores[selection.highest(hardness.complete(unseen=-math.inf), noise)] = -np.inf
         if self.mode == "batch":
-            self._ranking = self._ranking[falling(scores[self._ranking])]
+            self._ranking = self._ranking[selection.falling(scores[self._ranking])]
             chosen = self._ranking[:count]
         else:
-            chosen = highest(scores, count)
+            chosen = selection.highest(scores, count)
         generator = new_generator(self._seed, "round", epoch)
         self._weights = np.ones(total, np.float32)
-        if count < total and self.temperature is not None:
-            p = chances(scores, self.temperature)
-            drawn = torch.multinomial(torch.from_numpy(p), count, True, generator=generator)
-            chosen = drawn.numpy()
-            self._weights = (1 / (total * np.maximum(p, np.finfo(p.dtype).tiny))).astype(np.float32)
+        if selects and self.temperature is not None:
+            chosen, self._weights = selection.draw(scores, count, self.temperature, generator)
         age = epoch - 1 - hardness.last_seen.numpy()
-        if count < total and self.exploration:
-            chosen = explore(chosen, total, self.exploration, generator)
-        if count < total and self.max_age:
-            chosen = force(chosen, scores, age, self.max_age)
+        if selects and self.exploration:
+            chosen = selection.explore(chosen, total, self.exploration, generator)
+        if selects and self.max_age:
+            chosen = selection.force(chosen, scores, age, self.max_age)
         self._stats = RoundStats(hardness.mean(chosen), hardness.mean(), int(age.max()))
+        size, order = self._first_batch_size, self.order
         if self.mode == "batch":
-            return self._arrange_batches(chosen, generator)
-        return self._arrange_examples(chosen, scores, generator)
-
-    def _arrange_batches(self, chosen: Ints, generator: torch.Generator) -> Tensor:
-        visit = np.sort(chosen)
-        if self.order == "hardest":
-            place = np.empty_like(self._ranking)
-            place[self._ranking] = np.arange(len(place))
-            visit = chosen[np.argsort(place[chosen], kind="stable")]
-        elif self.order == "shuffle":
-            visit = visit[torch.randperm(len(visit), generator=generator).numpy()]
-        size, full = self._first_batch_size, len(self._partition) // self._first_batch_size
-        self._selected = np.concatenate([visit[visit < full], visit[visit == full]])
-        batches = self._partition[: full * size].view(full, size)
-        order = batches[torch.from_numpy(visit[visit < full])].flatten()
-        # Where drop_last is off, a short batch comes last.
-        return torch.cat([order, self._partition[full * size :]]) if full in visit else order
-
-    def _arrange_examples(self, chosen: Ints, scores: Floats, generator: torch.Generator) -> Tensor:
-        examples = chosen[torch.randperm(len(chosen), generator=generator).numpy()]
-        if self.regroup == "sorted":
-            examples = examples[falling(scores[examples])]
-        if self.regroup == "sorted" and self.order == "shuffle":
-            size = self._first_batch_size
-            whole = examples[: len(examples) // size * size].reshape(-1, size)
-            mixed = whole[torch.randperm(len(whole), generator=generator).numpy()].flatten()
-            examples = np.concatenate([mixed, examples[len(mixed) :]])
-        self._selected = examples
-        return torch.from_numpy(examples)
+            full = len(self._partition) // size
+            self._selected = selection.visits(chosen, self._ranking, full, order, generator)
+            return selection.examples_of(self._selected, self._partition, size)
+        self._selected = selection.regrouped(chosen, scores, size, self.regroup, order, generator)
+        return torch.from_numpy(self._selected)
 
     def __iter__(self) -> Iterator[list[int]]:
         """Begin, go on with, or repeat a round; its selection uses what was reported before."""
@@ -398,10 +335,8 @@ class HardBatchSampler(ResumableBatchSampler):
 
     def set_batch_size(self, batch_size: int) -> None:
         """In sample mode, change the size of batches not cut yet; batch mode's are fixed."""
-        fixed = self.mode == "batch" and batch_size != self.batch_size
-        require(
-            not fixed, type(self).__name__, "batch_size", "is fixed in mode 'batch'", batch_size
-        )
+        fits = self.mode == "sample" or batch_size == self.batch_size
+        require(fits, type(self).__name__, "batch_size", "is fixed in mode 'batch'", batch_size)
         super().set_batch_size(batch_size)
 
     @property
@@ -479,8 +414,7 @@ class HardBatchSampler(ResumableBatchSampler):
             self._deal(state_dict["partition_number"])
         self._ranking = state_dict["ranking"].numpy().copy()
         self._reported = 0
-        own = state_dict["rank"] == self._place()[0]
-        self._hardness.load_state_dict(state_dict, own=own)
+        self._hardness.load_state_dict(state_dict, own=state_dict["rank"] == self._place()[0])
 
     def _check_state(self, state_dict: Mapping[str, Any]) -> None:
         super()._check_state(state_dict)

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How hard every batch or example was, and which are the hardest.
+"""How hard every batch or example was: losses, reported in any order by any rank, become scores.
 
-The inside of `batchery.select.hard_batches`, which states the method. A unit is a batch or an
-example. First the selection, as pure functions on scores (float32 `[n]`, without NaN) and units
-(int64); 10^7 examples take about a tenth of a second. Then `Hardness`, the scores themselves,
-which turns losses reported in any order, by any rank, into one number for each unit.
+The inside of `batchery.select.hard_batches`, which states the method; use it there. A unit is a
+batch or an example. At the end of a round, for every unit i that has reports,
+
+    loss_i = Σ l_j / count      over its examples j reported on any rank; l_j is a rank's last of j
+    s_i   ← keep s_i + (1 - keep) loss_i        or loss_i, when there is no score yet or keep is 0
+
+`selection` chooses by these scores.
 """
 
 import math
@@ -22,95 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from batchery._core.dist import all_reduce_sum_, rank_and_size
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
-
-
-def falling(scores: Floats) -> Ints:
-    """Return the units in order of falling score; equal scores keep their order.
-
-    Score and position are packed into one integer and sorted together, which is ten times as
-    fast as a stable argsort.
-
-    Example:
-        >>> falling(np.array([1.0, 3.0, 3.0, 2.0], dtype=np.float32)).tolist()
-        [1, 2, 3, 0]
-    """
-    bits = (scores + np.float32(0)).view(np.uint32)  # + 0 makes -0 equal to 0
-    # Bits of negative floats, read as unsigned, grow as the floats fall; those of positive ones
-    # do so once inverted.
-    falls = np.where(bits >> 31, bits, bits ^ np.uint32(0x7FFFFFFF)).astype(np.uint64)
-    packed = falls << np.uint64(32) | np.arange(len(scores), dtype=np.uint64)
-    packed.sort()
-    return (packed & np.uint64(0xFFFFFFFF)).astype(np.int64)
-
-
-def highest(scores: Floats, count: int) -> Ints:
-    """Return the `count` units of highest score, ascending; ties go to the lower unit.
-
-    Takes linear time.
-
-    Example:
-        >>> highest(np.array([1.0, 3.0, 3.0, 2.0, 3.0], dtype=np.float32), 2).tolist()
-        [1, 2]
-    """
-    if count == 0:
-        return np.empty(0, np.int64)
-    bar = np.partition(scores, len(scores) - count)[len(scores) - count]
-    taken = scores > bar
-    level = np.flatnonzero(scores == bar)
-    taken[level[: count - np.count_nonzero(taken)]] = True
-    return np.flatnonzero(taken)
-
-
-def chances(scores: Floats, temperature: float) -> npt.NDArray[np.float64]:
-    """Return the probability of each unit in proportion to exp(score / temperature).
-
-    A unit that comes before all others has that of the highest score; one that comes last has 0,
-    unless all do.
-
-    Example:
-        >>> chances(np.array([0.0, math.log(3), -np.inf], dtype=np.float32), 1.0).round(3).tolist()
-        [0.25, 0.75, 0.0]
-    """
-    known = scores[np.isfinite(scores)]
-    top = float(known.max()) if len(known) else 0.0
-    weights = np.exp((np.minimum(scores, top).astype(np.float64) - top) / temperature)
-    if not weights.any():
-        weights[:] = 1
-    found: npt.NDArray[np.float64] = weights / weights.sum()
-    return found
-
-
-def explore(chosen: Ints, total: int, share: float, generator: torch.Generator) -> Ints:
-    """Replace each chosen unit, with probability `share`, by a random one that was not chosen."""
-    others = np.flatnonzero(~_mask(chosen, total))
-    moves = torch.rand(len(chosen), generator=generator).numpy() < share
-    places = np.flatnonzero(moves)[: len(others)]
-    drawn = torch.randperm(len(others), generator=generator).numpy()[: len(places)]
-    explored = chosen.copy()
-    explored[places] = others[drawn]
-    return explored
-
-
-def force(chosen: Ints, scores: Floats, age: Ints, max_age: int) -> Ints:
-    """Put in every unit of age `max_age` or more, for the chosen ones of lowest score.
-
-    When there are more of them than places, the oldest go first.
-    """
-    overdue = np.flatnonzero(age >= max_age)
-    if len(overdue) > len(chosen):
-        overdue = overdue[highest(age[overdue].astype(np.float32), len(chosen))]
-    rest = chosen[~_mask(overdue, len(scores))[chosen]]
-    kept = rest[highest(scores[rest], len(chosen) - len(overdue))]
-    return np.concatenate([overdue, kept])
-
-
-def _mask(units: Ints, total: int) -> npt.NDArray[np.bool_]:
-    mask = np.zeros(total, bool)
-    mask[units] = True
-    return mask
+from batchery.select.selection import Floats, Ints
 
 
 def as_indices(indices: Sequence[int] | Ints | Tensor) -> Tensor:
