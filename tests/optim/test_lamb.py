@@ -308,16 +308,6 @@ def test_bad_settings_are_named(kinds, message):
         LAMB(weights(shapes=((4, 3),)), **kinds)
 
 
-def test_a_bad_group_is_refused_and_leaves_the_optimizer_whole():
-    params = weights()
-    optimizer = LAMB(params[:1], lr=0.1)
-    with pytest.raises(ValueError, match="LAMB: lr must be >= 0"):
-        optimizer.add_param_group({"params": params[1:], "lr": -1})
-    with pytest.raises(ValueError, match=r"max_grad_norm must be the same in all .*, got 1.0"):
-        optimizer.add_param_group({"params": params[1:], "max_grad_norm": 1.0})
-    assert len(optimizer.param_groups) == 1
-
-
 def test_what_has_no_kernel_is_named():
     params = weights(dtype=torch.bfloat16)
     give_grads(params, 0)
@@ -325,19 +315,6 @@ def test_what_has_no_kernel_is_named():
         RuntimeError, match="LAMB: no fused kernel for torch.bfloat16, torch.float32 on cpu"
     ):
         LAMB(params, fused=True).step()
-
-
-def test_sparse_complex_and_flattened_parameters_are_refused():
-    embedding = nn.Embedding(4, 3, sparse=True)
-    embedding(torch.tensor([1])).sum().backward()
-    with pytest.raises(TypeError, match="LAMB: gradients must be dense"):
-        LAMB(embedding.parameters()).step()
-    with pytest.raises(TypeError, match="LAMB: parameters must be real"):
-        LAMB([nn.Parameter(torch.zeros(2, dtype=torch.complex64))])
-    flat = nn.Parameter(torch.zeros(5))
-    flat._is_flat_param = True
-    with pytest.raises(ValueError, match="use FSDP2"):
-        LAMB([flat])
 
 
 @pytest.mark.gpu

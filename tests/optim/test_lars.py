@@ -6,12 +6,12 @@ import warnings
 
 import pytest
 import torch
-from compiler import compiled, needs_compiler
+from compiler import needs_compiler
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from batchery.kernels import multi_tensor
-from batchery.optim import LAMB, LARS
+from batchery.optim import LARS
 
 FORMS = [{"foreach": False}, {"foreach": True}, needs_compiler({"fused": True})]
 FORM_IDS = ["single", "foreach", "fused"]
@@ -178,30 +178,6 @@ def test_a_first_step_skipped_for_an_overflow_is_still_to_come(device):
             two.grad = torch.full_like(two, value)
             plain.step()
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", [LAMB, LARS])
-@pytest.mark.parametrize("fused", [needs_compiler(True), needs_compiler(None)])
-def test_weights_in_channels_last_are_fused_too(kind, fused):
-    one, two = weights(((4, 3, 2, 2), (5, 4))), weights(((4, 3, 2, 2), (5, 4)))
-    one[0].data = one[0].data.to(memory_format=torch.channels_last)
-    optimizer = kind(one, lr=0.1, weight_decay=0.1, fused=fused)
-    rows = trajectory(optimizer, one)
-    assert not one[0].is_contiguous()
-    assert [bucket.impl for bucket in optimizer._last] == ["fused"]
-    assert_paths(rows, trajectory(kind(two, lr=0.1, weight_decay=0.1, foreach=False), two))
-
-
-@compiled
-def test_one_tensor_that_cannot_be_fused_keeps_no_others_from_it():
-    params = weights(((4, 3), (5, 4)))
-    params[0].grad = torch.ones(3, 4, dtype=torch.float64).t()
-    params[1].grad = torch.ones_like(params[1])
-    optimizer = LARS(params)
-    optimizer.step()
-    assert [bucket.impl for bucket in optimizer._last] == ["foreach", "fused"]
-    with pytest.raises(ValueError, match=r"alike and without gaps to be fused, got \(4, 3\)"):
-        LARS(params, fused=True).step()
 
 
 def test_missing_triton_is_said_once(monkeypatch):

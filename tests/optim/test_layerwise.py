@@ -1,64 +1,74 @@
 # SPDX-License-Identifier: Apache-2.0
+"""What LAMB and LARS have of their base: buckets, and the refusal of what has no layers."""
+
 import pytest
+import torch
+from compiler import compiled, needs_compiler
 from torch import nn
 
-from batchery.optim import layer_adaptation_groups, scale_lr, warmup_fraction
+from batchery.optim import LAMB, LARS
 
 
-def names(groups):
-    return [{name for name, _ in group["params"]} for group in groups]
+def weights(shapes):
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64)) for s in shapes]
 
 
-def test_norms_biases_and_vectors_neither_decay_nor_adapt():
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2), nn.RMSNorm(2), nn.PReLU()
-    )
-    groups = layer_adaptation_groups(model, 0.01)
-    assert [group["weight_decay"] for group in groups] == [0.01, 0.0]
-    assert names(groups)[0] == {"0.weight", "2.weight"}
-    assert names(groups)[0] | names(groups)[1] == {name for name, _ in model.named_parameters()}
+def trajectory(optimizer, params, steps=5):
+    generator = torch.Generator().manual_seed(7)
+    path = []
+    for _ in range(steps):
+        for p in params:
+            drawn = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            p.grad = torch.empty_like(p).copy_(drawn)  # as in a backward pass: p's strides
+        optimizer.step()
+        path += [p.detach().clone() for p in params]
+    return path
 
 
-def test_options():
-    model = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2))
-    kept = layer_adaptation_groups(model, 0.1, skip_1d=False, skip_names=("weight",))
-    assert names(kept) == [{"0.bias", "1.bias"}, {"0.weight", "1.weight"}]
-    none = layer_adaptation_groups(model, 0.1, skip_1d=False, skip_names=(), skip_modules=())
-    assert len(none) == 1
+@pytest.mark.parametrize("kind", [LAMB, LARS])
+@pytest.mark.parametrize("fused", [needs_compiler(True), needs_compiler(None)])
+def test_weights_in_channels_last_are_fused_too(kind, fused):
+    one, two = weights(((4, 3, 2, 2), (5, 4))), weights(((4, 3, 2, 2), (5, 4)))
+    one[0].data = one[0].data.to(memory_format=torch.channels_last)
+    optimizer = kind(one, lr=0.1, weight_decay=0.1, fused=fused)
+    rows = trajectory(optimizer, one)
+    assert not one[0].is_contiguous()
+    assert [bucket.impl for bucket in optimizer._last] == ["fused"]
+    loop = trajectory(kind(two, lr=0.1, weight_decay=0.1, foreach=False), two)
+    torch.testing.assert_close(rows, loop, rtol=1e-10, atol=1e-10)
 
 
-def test_tied_parameters_appear_once_and_frozen_ones_not_at_all():
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
-    model[1].weight = model[0].weight
-    model[2].requires_grad_(False)
-    assert names(layer_adaptation_groups(model, 0.1)) == [{"0.weight"}, {"0.bias", "1.bias"}]
+@compiled
+def test_one_tensor_that_cannot_be_fused_keeps_no_others_from_it():
+    params = weights(((4, 3), (5, 4)))
+    params[0].grad = torch.ones(3, 4, dtype=torch.float64).t()
+    params[1].grad = torch.ones_like(params[1])
+    optimizer = LARS(params)
+    optimizer.step()
+    assert [bucket.impl for bucket in optimizer._last] == ["foreach", "fused"]
+    with pytest.raises(ValueError, match=r"alike and without gaps to be fused, got \(4, 3\)"):
+        LARS(params, fused=True).step()
 
 
-def test_a_model_without_parameters_is_refused():
-    with pytest.raises(ValueError, match="must have trainable parameters"):
-        layer_adaptation_groups(nn.ReLU(), 0.1)
-    with pytest.raises(ValueError, match="weight_decay must be >= 0, got -1"):
-        layer_adaptation_groups(nn.Linear(1, 1), -1)
+def test_a_bad_group_is_refused_and_leaves_the_optimizer_whole():
+    params = weights(((4, 3), (5,)))
+    optimizer = LAMB(params[:1], lr=0.1)
+    with pytest.raises(ValueError, match="LAMB: lr must be >= 0"):
+        optimizer.add_param_group({"params": params[1:], "lr": -1})
+    with pytest.raises(ValueError, match=r"max_grad_norm must be the same in all .*, got 1.0"):
+        optimizer.add_param_group({"params": params[1:], "max_grad_norm": 1.0})
+    assert len(optimizer.param_groups) == 1
 
 
-def test_the_papers_rates_and_warm_ups():
-    # Table 1 of the paper: BERT at batch 512 · 2^k has 5e-3 / 2^((6-k)/2)
-    for k in range(7):
-        assert scale_lr(6.25e-4, 512 * 2**k, 512) == pytest.approx(5e-3 / 2 ** ((6 - k) / 2))
-        assert warmup_fraction(512 * 2**k) == pytest.approx(2**k / 320)
-    assert scale_lr(0.1, 1024, 256, "linear") == pytest.approx(0.4)
-    assert warmup_fraction(10**9) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: scale_lr(0.1, 0, 1), "scale_lr: batch must be >= 1, got 0"),
-        (lambda: scale_lr(-0.1, 1, 1), "scale_lr: lr must be >= 0, got -0.1"),
-        (lambda: scale_lr(0.1, 1, 1, "cube"), "scale_lr: rule must be one of 'sqrt', 'linear'"),
-        (lambda: warmup_fraction(1, 1, 0.0), "base_fraction must be > 0"),
-    ],
-)
-def test_bad_arguments(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
+def test_sparse_complex_and_flattened_parameters_are_refused():
+    embedding = nn.Embedding(4, 3, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(TypeError, match="LAMB: gradients must be dense"):
+        LAMB(embedding.parameters()).step()
+    with pytest.raises(TypeError, match="LAMB: parameters must be real"):
+        LAMB([nn.Parameter(torch.zeros(2, dtype=torch.complex64))])
+    flat = nn.Parameter(torch.zeros(5))
+    flat._is_flat_param = True
+    with pytest.raises(ValueError, match="use FSDP2"):
+        LAMB([flat])

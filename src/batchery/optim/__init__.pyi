@@ -1,9 +1,9 @@
 from .decay_trigger import DecayTrigger as DecayTrigger
 from .lamb import LAMB as LAMB
+from .large_batch import layer_adaptation_groups as layer_adaptation_groups
+from .large_batch import scale_lr as scale_lr
+from .large_batch import warmup_fraction as warmup_fraction
 from .lars import LARS as LARS
-from .layerwise import layer_adaptation_groups as layer_adaptation_groups
-from .layerwise import scale_lr as scale_lr
-from .layerwise import warmup_fraction as warmup_fraction
 from .wsd import WSDScheduler as WSDScheduler
-from .wsd import get_wsd_schedule as get_wsd_schedule
 from .wsd_curve import wsd_factor as wsd_factor
+from .wsd_transformers import get_wsd_schedule as get_wsd_schedule

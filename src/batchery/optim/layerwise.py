@@ -1,24 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What LAMB and LARS share: rules for groups and learning rates, and the walk over parameters.
+"""What LAMB and LARS share: the walk over parameters, from groups to the buckets of kernel calls.
 
-A layer-wise optimizer scales each tensor's step by a ratio of norms. Which tensors adapt is a
-matter of parameter groups (`layer_adaptation_groups`); how a learning rate follows the batch is a
-pure function (`scale_lr`, `warmup_fraction`); everything else about such an optimizer (choosing a
-form, sharded norms, telemetry, saved state) is in `LayerwiseOptimizer`.
+A layer-wise optimizer scales each tensor's step by a ratio of norms. Which tensors adapt, and how
+its learning rate follows the batch, is in `batchery.optim.large_batch`; what is known of shards in
+`batchery.optim.shards`. Everything else about such an optimizer (choosing a form, clipping,
+telemetry, saved state) is in `LayerwiseOptimizer`.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from batchery._core.dist import all_reduce_sum_
 from batchery._core.validate import integer, number, one_of, require, require_type
 from batchery.kernels.multi_tensor import (
     ChunkTable,
@@ -27,112 +26,7 @@ from batchery.kernels.multi_tensor import (
     require_fused,
     same_order,
 )
-
-NORMS: tuple[type[nn.Module], ...] = (
-    nn.LayerNorm,
-    nn.modules.batchnorm._BatchNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-)
-
-
-def layer_adaptation_groups(
-    model: nn.Module,
-    weight_decay: float,
-    *,
-    skip_1d: bool = True,
-    skip_names: Sequence[str] = ("bias",),
-    skip_modules: tuple[type[nn.Module], ...] = NORMS,
-) -> list[dict[str, Any]]:
-    """Split a model's parameters into those that decay and adapt, and those that do neither.
-
-    With `adapt="auto"` an optimizer adapts the groups whose weight decay is not zero, so the two
-    groups are all that LAMB and LARS need. A parameter shared by two modules appears once.
-
-    Args:
-        model: any module; frozen parameters are left out.
-        weight_decay: decay of the first group.
-        skip_1d: put tensors with fewer than two dimensions into the second group.
-        skip_names: last parts of parameter names that belong to the second group.
-        skip_modules: classes whose own parameters belong to the second group.
-
-    Returns:
-        Two groups with named parameters, `{"params": [(name, tensor), …], "weight_decay": …}`;
-        an empty one is left out.
-
-    Raises:
-        ValueError: the model has no trainable parameter, or `weight_decay` is negative.
-
-    Example:
-        >>> groups = layer_adaptation_groups(nn.Linear(3, 2), weight_decay=0.01)
-        >>> [(g["weight_decay"], [name for name, _ in g["params"]]) for g in groups]
-        [(0.01, ['weight']), (0.0, ['bias'])]
-    """
-    owner = "layer_adaptation_groups"
-    number(owner, "weight_decay", weight_decay, at_least=0)
-    adapted: list[tuple[str, Tensor]] = []
-    plain: list[tuple[str, Tensor]] = []
-    seen: set[Tensor] = set()
-    for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad or parameter in seen:
-                continue
-            seen.add(parameter)
-            skipped = (
-                (skip_1d and parameter.ndim < 2)
-                or name in skip_names
-                or isinstance(module, skip_modules)
-            )
-            full = f"{prefix}.{name}" if prefix else name
-            (plain if skipped else adapted).append((full, parameter))
-    require(bool(seen), owner, "model", "must have trainable parameters", type(model).__name__)
-    groups = [
-        {"params": adapted, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def scale_lr(
-    lr: float, batch: int, base_batch: int, rule: Literal["sqrt", "linear"] = "sqrt"
-) -> float:
-    """Return the learning rate for another batch size.
-
-    The LAMB paper uses the square root, `lr · sqrt(batch / base_batch)`; large-batch SGD and LARS
-    the linear rule.
-
-    Raises:
-        ValueError: a batch size below 1, a negative `lr` or an unknown rule.
-
-    Example:
-        >>> scale_lr(6.25e-4, 32768, 512)
-        0.005
-    """
-    owner = "scale_lr"
-    number(owner, "lr", lr, at_least=0)
-    ratio = integer(owner, "batch", batch, at_least=1) / integer(
-        owner, "base_batch", base_batch, at_least=1
-    )
-    one_of(owner, "rule", rule, ("sqrt", "linear"))
-    return lr * (math.sqrt(ratio) if rule == "sqrt" else ratio)
-
-
-def warmup_fraction(batch: int, base_batch: int = 512, base_fraction: float = 1 / 320) -> float:
-    """Return the share of all steps that warms up, by the LAMB paper's linear-epoch rule.
-
-    The share grows with the batch (so the warm-up sees the same number of epochs at any batch
-    size per unit of learning rate) and is capped at 1.
-
-    Example:
-        >>> warmup_fraction(32768)
-        0.2
-    """
-    owner = "warmup_fraction"
-    number(owner, "base_fraction", base_fraction, above=0, at_most=1)
-    ratio = integer(owner, "batch", batch, at_least=1) / integer(
-        owner, "base_batch", base_batch, at_least=1
-    )
-    return min(1.0, base_fraction * ratio)
+from batchery.optim.shards import Shards, local_grad, local_part, reduction_of, shards_of
 
 
 @dataclass
@@ -142,7 +36,7 @@ class Bucket:
     group: dict[str, Any]
     params: list[Tensor]  # as the user holds them
     states: dict[str, list[Tensor]]  # this rank's part of each state, by name
-    shards: tuple[Any, tuple[int, ...]] | None  # the mesh and its dimensions that cut the tensors
+    shards: Shards | None
     reduce: Callable[[Tensor], Tensor] | None
     impl: Impl
     table: ChunkTable | None  # for the fused form
@@ -158,8 +52,8 @@ class Bucket:
         if not self.sharded:
             self.grads = [p.grad for p in self.params if p.grad is not None]
             return
-        self.local = [_local(p) for p in self.params]
-        self.grads = [_local_grad(p) for p in self.params]
+        self.local = [local_part(p) for p in self.params]
+        self.grads = [local_grad(p) for p in self.params]
 
 
 class LayerwiseOptimizer(Optimizer, ABC):
@@ -205,7 +99,8 @@ class LayerwiseOptimizer(Optimizer, ABC):
         try:
             _check_rate(owner, "lr", group["lr"])
             _check_rate(owner, "weight_decay", group["weight_decay"])
-            require(group["adapt"] in (True, False, "auto"), owner, "adapt", ADAPT, group["adapt"])
+            rule = "must be True, False or 'auto'"
+            require(group["adapt"] in (True, False, "auto"), owner, "adapt", rule, group["adapt"])
             for name in ("maximize", "capturable", *self.FLAGS):
                 one_of(owner, name, group[name], (True, False))
             for name in ("foreach", "fused"):
@@ -299,7 +194,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
             alike = [parameter, grad, *(state for state in kept if state is not None)]
             key = (
                 *(parameter.device, parameter.dtype, grad.dtype),
-                _shards(parameter),
+                shards_of(parameter),
                 # One odd tensor keeps no others from fusing; ranks must make the same buckets.
                 isinstance(parameter, DTensor) or same_order(alike, group["blocks"]),
                 self.bucket_key(parameter),
@@ -311,13 +206,13 @@ class LayerwiseOptimizer(Optimizer, ABC):
             bucket = Bucket(
                 group=group,
                 params=params,
-                states={key: [_local(self.state[p][key]) for p in params] for key in kept},
-                shards=_shards(params[0]),
-                reduce=_reduction(params[0]),
+                states={key: [local_part(self.state[p][key]) for p in params] for key in kept},
+                shards=shards_of(params[0]),
+                reduce=reduction_of(params[0]),
                 impl="single",
                 table=None,
-                local=[_local(p) for p in params],
-                grads=[_local_grad(p) for p in params],
+                local=[local_part(p) for p in params],
+                grads=[local_grad(p) for p in params],
                 sharded=isinstance(params[0], DTensor),
             )
             bucket.impl = self._form(bucket)
@@ -416,52 +311,9 @@ class LayerwiseOptimizer(Optimizer, ABC):
         return found
 
 
-ADAPT = "must be True, False or 'auto'"
-
-
 def _squared_norm(tensors: list[Tensor]) -> Tensor:
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     return torch.stack(torch._foreach_norm(tensors, 2, dtype)).square().sum()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _local_grad(parameter: Tensor) -> Tensor:
-    """Return this rank's part of a gradient, laid out like its parameter."""
-    grad = parameter.grad
-    if isinstance(grad, DTensor) and isinstance(parameter, DTensor):
-        if grad.placements != parameter.placements:
-            grad = grad.redistribute(placements=parameter.placements)
-        return _local(grad)
-    require_type(grad is not None, "LayerwiseOptimizer", "gradients", "must exist", grad)
-    return grad  # type: ignore[return-value]
-
-
-def _shards(parameter: Tensor) -> tuple[Any, tuple[int, ...]] | None:
-    """Return the mesh of a distributed tensor and the mesh dimensions that cut it."""
-    if not isinstance(parameter, DTensor):
-        return None
-    # Not by `Shard`: tensor parallelism under FSDP2 cuts by a placement that is none.
-    placements = enumerate(parameter.placements)
-    cut = (axis for axis, p in placements if not (p.is_replicate() or p.is_partial()))
-    return parameter.device_mesh, tuple(cut)
-
-
-def _reduction(parameter: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """Return the sum over the ranks that share a tensor; None when this rank has all of it."""
-    shards = _shards(parameter)
-    if shards is None or not shards[1]:
-        return None
-    mesh, axes = shards
-
-    def reduce(squares: Tensor) -> Tensor:
-        for axis in axes:
-            all_reduce_sum_(squares, mesh.get_group(axis))
-        return squares
-
-    return reduce
 
 
 def _check_rate(owner: str, name: str, rate: float | Tensor) -> None:
@@ -487,6 +339,5 @@ def _check_parameter(owner: str, parameter: Tensor, group: dict[str, Any]) -> No
         divisible = len(shape) > 0 and shape[0] % blocks == 0
         rule = f"must divide dimension 0 of every parameter of its group ({shape})"
         require(divisible, owner, "blocks", rule, blocks)
-        shards = _shards(parameter)
-        whole = shards is None or not shards[1]
+        whole = reduction_of(parameter) is None
         require(whole, owner, "blocks", "must be 1 for a sharded parameter", blocks)

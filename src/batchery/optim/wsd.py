@@ -23,9 +23,9 @@ et al., arXiv 2405.18392.
 
 Where we differ: the paper prints its decay as 0.5^((s-T)/T); the T below the line is a half-life in
 steps, as in the authors' code, and read as the length of the stable phase it would hardly decay.
-Their code has neither a floor nor an end; `num_decay` ends ours. In transformers, whose numbers we
-match to the bit, `min_lr_ratio` is also where warm-up starts; ours is `warmup_start_ratio`. We have
-no `resume_stable` (load the stable phase's state, or `rewarm`) and no default batch-size law.
+Their code has neither a floor nor an end; `num_decay` ends ours. We have no `resume_stable` (load
+the stable phase's state, or `rewarm`) and no default batch-size law. The arguments of transformers
+are in `batchery.optim.wsd_transformers`.
 """
 
 import math
@@ -286,11 +286,8 @@ class WSDScheduler(LRScheduler):
             >>> scheduler.start_decay(), scheduler.phase  # a tenth of the 1,000 it will end at
             (100, 'decay')
         """
-        length = self.decay_length_from_here(num_decay)
-        self._require_may_decay("start_decay")
-        self._decay_from = self.factor()
-        self.decay_start, self.decay_length = self.last_epoch, length
-        return length
+        vars(self).update(self._plan_from_here("start_decay", num_decay))
+        return self.decay_length
 
     def fork(self, num_decay: int | float | None = None) -> dict[str, Any]:
         """Return the state of a branch that decays from here; this schedule goes on unchanged.
@@ -311,16 +308,11 @@ class WSDScheduler(LRScheduler):
             >>> trunk.phase, branch.phase, branch.time_left()
             ('stable', 'decay', 5)
         """
-        length = self.decay_length_from_here(num_decay)
-        self._require_may_decay("fork")
-        return {
-            **self.state_dict(),
-            "decay_start": self.last_epoch,
-            "decay_length": length,
-            "_decay_from": self.factor(),
-        }
+        return self.state_dict() | self._plan_from_here("fork", num_decay)
 
-    def _require_may_decay(self, method: str) -> None:
+    def _plan_from_here(self, method: str, num_decay: int | float | None) -> dict[str, Any]:
+        """Return the part of the state that plans the decay, for one that starts now."""
+        length = self.decay_length_from_here(num_decay)
         if self.phase in ("decay", "done"):
             raise ValueError(
                 f"{type(self).__name__}: {method} must come before a decay, "
@@ -328,6 +320,7 @@ class WSDScheduler(LRScheduler):
             )
         factor, rule = self.factor(), "needs a rate above 0 to fall from: step first, or offset=1"
         require(factor > 0, type(self).__name__, method, rule, factor)
+        return {"decay_start": self.last_epoch, "decay_length": length, "_decay_from": factor}
 
     def rewarm(self, n: int) -> None:
         """Climb linearly from 0 to the peak over `n` units from here; 0 jumps to the peak.
@@ -434,64 +427,3 @@ _SETTINGS = (
 )
 _PLAN = ("decay_start", "decay_length", "_decay_from")
 _STATE = ("last_epoch", "_step_count", *_PLAN, "_rewarm_start", "_rewarm_length")
-
-
-def get_wsd_schedule(
-    optimizer: Optimizer,
-    num_warmup_steps: int,
-    num_decay_steps: int,
-    num_training_steps: int | None = None,
-    num_stable_steps: int | None = None,
-    warmup_type: WarmupShape = "linear",
-    decay_type: DecayShape = "cosine",
-    min_lr_ratio: float = 0.0,
-    num_cycles: float = 0.5,
-    last_epoch: int = -1,
-) -> WSDScheduler:
-    """Build a `WSDScheduler` from the arguments of `transformers.get_wsd_schedule`.
-
-    Its rates equal those of transformers to the bit; warm-up, too, starts at `min_lr_ratio`.
-
-    Args:
-        optimizer: whose rates to schedule.
-        num_warmup_steps: length of the warm-up.
-        num_decay_steps: length of the decay.
-        num_training_steps: the whole; or give `num_stable_steps`.
-        num_stable_steps: length of the constant phase.
-        warmup_type: form of the warm-up.
-        decay_type: form of the decay; all of ours are allowed.
-        min_lr_ratio: factor at both ends.
-        num_cycles: only 0.5, a single fall, is supported.
-        last_epoch: as in every torch scheduler.
-
-    Raises:
-        ValueError: neither or disagreeing lengths are given, or `num_cycles` is not 0.5.
-
-    Example:
-        >>> import torch
-        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        >>> scheduler = get_wsd_schedule(optimizer, 10, 20, num_training_steps=100)
-        >>> scheduler.decay_start, scheduler.shape
-        (80, 'cosine')
-    """
-    owner = "get_wsd_schedule"
-    require(num_cycles == 0.5, owner, "num_cycles", "must be 0.5", num_cycles)
-    total = num_training_steps
-    if num_stable_steps is not None:
-        integer(owner, "num_stable_steps", num_stable_steps, at_least=0)
-        total = num_warmup_steps + num_stable_steps + num_decay_steps
-        agree = num_training_steps in (None, total)
-        require(agree, owner, "num_training_steps", f"must be {total}", num_training_steps)
-    given = total is not None
-    require(given, owner, "num_training_steps", "or num_stable_steps must be given", total)
-    return WSDScheduler(
-        optimizer,
-        num_warmup_steps,
-        total,
-        num_decay_steps,
-        shape=decay_type,
-        min_ratio=min_lr_ratio,
-        warmup_start_ratio=min_lr_ratio,
-        warmup_shape=warmup_type,
-        last_epoch=last_epoch,
-    )

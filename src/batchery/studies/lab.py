@@ -25,7 +25,7 @@ from torch import Tensor
 
 from batchery._core import random
 from batchery._core.validate import import_extra, one_of, require
-from batchery.optim import WSDScheduler, layer_adaptation_groups, layerwise, wsd, wsd_curve
+from batchery.optim import WSDScheduler, large_batch, layer_adaptation_groups, wsd, wsd_curve
 from batchery.studies import graphs, lab_cache, lab_loop
 from batchery.studies.lab_loop import (
     Progress,
@@ -57,7 +57,7 @@ __all__ = [
 _DECAY = 0.3  # share of the steps in which the rate falls
 _STRETCH = 25  # steps between two looks at the clock and at the losses
 _SAVE_EVERY = 20.0  # seconds of training that an interruption may cost
-_CODE = (lab_loop, lab_cache, graphs, random, layerwise, wsd, wsd_curve)  # beside the text's own
+_CODE = (lab_loop, lab_cache, graphs, random, large_batch, wsd, wsd_curve)  # beside the text's own
 
 
 @dataclass(frozen=True)
