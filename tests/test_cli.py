@@ -119,6 +119,16 @@ def test_a_table_that_is_too_wide_comes_in_parts_of_the_rows_that_have_them(prin
         assert [" ".join(line.split()) for line in file.getvalue().rstrip().split("\n")] == expected
 
 
+def test_all_systems_end_with_one_table_of_verdicts(toy, printed):
+    file = printed(100)
+    assert cli.main(["study", "--all", "--scale", "cpu", "--seeds", "2", "--report", "report"]) == 0
+    lines = [line.split() for line in file.getvalue().strip().split("\n")]
+    assert lines[0] == ["system", "arms", "runs", "seconds", "verdict"]
+    slugs = [card.slug for card in load_cards()]
+    assert [line[:3] for line in lines[1 : len(slugs) + 1]] == [[slug, "2", "4"] for slug in slugs]
+    assert lines[-1] == ["report:", "report/index.html"]
+
+
 def test_show_prints_stored_results_with_their_protocol(printed):
     file = printed(80)
     assert cli.main(["show", "hard-batches", "--results", str(RESULTS)]) == 0

@@ -197,8 +197,12 @@ def _study(options: argparse.Namespace) -> int:
     status = max(status, missing)
     for card in cards:
         forget_runs(results, card.slug, options.scale)
-    for result in finished:
+    for result in () if options.all else finished:
         _print_result(result)
+    if len(finished) > 1:
+        _print_summary(finished)
+    if options.all and not options.report:
+        console.print("details: name a system, or give --report DIR")
     if options.report and finished:
         from batchery.studies.report import html_report
 
@@ -284,6 +288,21 @@ def _print_result(result: dict[str, Any]) -> None:
         console.print()
     console.print(f"verdict: [bold]{escape(verdict_line(result))}[/]")
     console.print(f"{escape(provenance(result))}\n", style="dim", highlight=False)
+
+
+def _print_summary(results: Sequence[dict[str, Any]]) -> None:
+    from batchery.studies.report import verdict_line
+
+    rows = []
+    for result in results:
+        runs = [run for arm in result["arms"] for run in arm["runs"]]
+        seconds = sum(run["seconds"] for run in runs)
+        seconds += (result["prepared"] or {"seconds": 0.0})["seconds"]
+        counts = (str(len(result["arms"])), str(len(runs)), f"{seconds:.0f}")
+        rows.append((result["slug"], *counts, verdict_line(result)))
+    console.print()
+    _print_table(("system", "arms", "runs", "seconds", "verdict"), rows)
+    console.print()
 
 
 _GAP = 2  # between two columns
