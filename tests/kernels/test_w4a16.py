@@ -332,18 +332,19 @@ def test_forcing_the_kernels_where_they_cannot_run_raises():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("shape", "dtype"),
+    ("shape", "dtype", "asymmetric"),
     [
-        ((1027, 1024, 128), torch.float16),
-        ((1027, 1024, 128), torch.bfloat16),
-        ((2048, 4096, 32), torch.bfloat16),
-        ((512, 1088, 1088), torch.float16),
-        ((25472, 256, 128), torch.float16),  # as many tiles as an H100 holds at once
-        ((34048, 256, 128), torch.float16),  # more
+        ((1027, 1024, 128), torch.float16, True),
+        ((1027, 1024, 128), torch.bfloat16, True),
+        ((1027, 1024, 128), torch.bfloat16, False),
+        ((2048, 4096, 32), torch.bfloat16, True),
+        ((512, 1088, 1088), torch.float16, True),
+        ((25472, 256, 128), torch.float16, True),  # as many tiles as an H100 holds at once
+        ((34048, 256, 128), torch.float16, True),  # more
     ],
 )
-def test_every_batch_on_the_gpu(shape, dtype):
-    q, scales, zeros = draw(*shape, zeros=True, device="cuda")
+def test_every_batch_on_the_gpu(shape, dtype, asymmetric):
+    q, scales, zeros = draw(*shape, zeros=asymmetric, device="cuda")
     weight, w = pack_w4(q, scales, zeros), by_the_equation(q, scales, zeros)
     for m in (*range(1, 131), 256, 300, MOST_BATCH + 1):
         x = activations(m, shape[1], dtype, "cuda")
