@@ -343,6 +343,12 @@ if triton is not None:
         tl.store(at, acc.to(out.dtype.element_ty), mask=inside & (n < N)[:, None])
 
     @triton.jit
+    def _part(sums, spot, inside, other, split, SIZE: tl.constexpr):
+        """Load a part's sums; zeros after the last part."""
+        at = sums + other * SIZE + spot
+        return tl.load(at, mask=inside & (other < split), other=0.0, cache_modifier=".cg")
+
+    @triton.jit
     def _deliver(
         acc, partials, counters, tile, part, split, scales, bias, out, n_tile, m, N,
         inside, out_stride,
@@ -361,9 +367,13 @@ if triton is not None:
             tl.debug_barrier()  # every thread's sums come before this program's count
             if tl.atomic_add(counters + tile, 1, sem="acq_rel") == split - 1:
                 acc = tl.zeros([ROWS, BATCH], tl.float32)
-                for other in range(split):
-                    at = sums + other * (BATCH * ROWS) + spot
-                    acc += tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
+                # Four at a time are on their way together; they are added one after another.
+                for other in range(0, split, 4):
+                    a = _part(sums, spot, inside, other, split, BATCH * ROWS)
+                    b = _part(sums, spot, inside, other + 1, split, BATCH * ROWS)
+                    c = _part(sums, spot, inside, other + 2, split, BATCH * ROWS)
+                    d = _part(sums, spot, inside, other + 3, split, BATCH * ROWS)
+                    acc = acc + a + b + c + d
                 tl.store(counters + tile, 0)
                 _finish(
                     acc, scales, bias, out, n_tile, m, inside, N, out_stride,
