@@ -72,3 +72,27 @@ def test_sparse_complex_and_flattened_parameters_are_refused():
     flat._is_flat_param = True
     with pytest.raises(ValueError, match="use FSDP2"):
         LAMB([flat])
+
+
+@pytest.mark.parametrize(("saved", "own"), [(1e-3, None), (None, 1e-3)])
+def test_clipping_is_that_of_the_loaded_state(saved, own):
+    shapes = ((4, 3), (5,))
+    first, second = (LAMB(weights(shapes), lr=0.1, max_grad_norm=limit) for limit in (saved, own))
+    second.load_state_dict(first.state_dict())
+    paths = (trajectory(o, o.param_groups[0]["params"]) for o in (first, second))
+    for p, q in zip(*paths, strict=True):
+        assert torch.equal(p, q)
+    second.add_param_group({"params": weights(((2, 2),)), "max_grad_norm": saved})
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_a_state_without_steps_is_known_by_its_settings(scheduled):
+    lamb, lars, other = (k(weights(((4, 3),)), lr=r) for k, r in ((LAMB, 1), (LARS, 3), (LARS, 2)))
+    if scheduled:
+        torch.optim.lr_scheduler.ConstantLR(lars)  # which puts initial_lr into the groups
+        lars.param_groups[0]["lr"] = 3
+    lars.load_state_dict(lamb.state_dict())
+    assert lars.param_groups[0]["lr"] == 3
+    assert "betas" not in lars.param_groups[0]
+    lars.load_state_dict(other.state_dict())
+    assert lars.param_groups[0]["lr"] == 2

@@ -28,6 +28,8 @@ from batchery.kernels.multi_tensor import (
 )
 from batchery.optim.shards import Shards, local_grad, local_part, reduction_of, shards_of
 
+SHARED = ("foreach", "fused", "capturable", "max_grad_norm")  # settings that all groups have alike
+
 
 @dataclass
 class Bucket:
@@ -105,7 +107,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
                 one_of(owner, name, group[name], (True, False))
             for name in ("foreach", "fused"):
                 one_of(owner, name, group[name], (None, True, False))
-            for name in ("foreach", "fused", "capturable", "max_grad_norm"):
+            for name in SHARED:
                 own = self.defaults.get(name)
                 rule = f"must be the same in all groups ({own!r})"
                 require(group.get(name) == own, owner, name, rule, group.get(name))
@@ -266,8 +268,11 @@ class LayerwiseOptimizer(Optimizer, ABC):
         own = self.param_groups
         super().load_state_dict(state_dict)
         loaded = zip(self.param_groups, own, strict=True)
-        # Without "adapt" they are another optimizer's settings, whose rate means something else.
-        self.param_groups = [{**old, **new} if "adapt" in new else old for new, old in loaded]
+        # Without these they are another optimizer's settings, whose rate means something else.
+        known = {"adapt", *self.FLAGS}
+        self.param_groups = [{**old, **new} if known <= new.keys() else old for new, old in loaded]
+        for name in self.defaults.keys() & set(SHARED):
+            self.defaults[name] = self.param_groups[0][name]
         # torch casts floating state to the parameter's dtype, which would cut float32 moments of
         # bfloat16 parameters: take them from the saved state again.
         pairs = [(p, group) for group in self.param_groups for p in group["params"]]
