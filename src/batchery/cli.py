@@ -199,7 +199,7 @@ def _study(options: argparse.Namespace) -> int:
         forget_runs(results, card.slug, options.scale)
     for result in () if options.all else finished:
         _print_result(result)
-    if len(finished) > 1:
+    if len(finished) > 1 or (options.all and finished):
         _print_summary(finished)
     if options.all and not options.report:
         console.print("details: name a system, or give --report DIR")
