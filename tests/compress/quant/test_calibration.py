@@ -25,7 +25,7 @@ class Stack(nn.Module):
 def quantise(how, model, **given):
     if how == "rtn":
         return rtn_quantize_model(model, group_size=-1, **given)
-    return gptq_quantize_model(model, [torch.randn(4, 10, 8)], **HOW, **given)
+    return gptq_quantize_model(model, [torch.randn(4, 10, 8)], **HOW, **given).weights
 
 
 both = pytest.mark.parametrize("how", ["rtn", "gptq"])
@@ -119,8 +119,31 @@ def test_transposed_experts_must_be_excluded(how, says):
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in stacks)
 
 
+@both
+def test_experts_of_another_form_must_be_excluded(how):
+    model = mixture(False, True)  # without transformers' own gate
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    rule = r"exclude must hold '\*\.experts\.\*', as blocks\.0\.experts is of no usual form"
+    with pytest.raises(ValueError, match=rule):
+        quantise(how, model)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert len(quantise(how, model, exclude=("*.experts.*",))) == 2
+
+
+def test_all_patterns_to_exclude_are_named_at_once():
+    model = mixture(False, True)
+    for block in model.blocks:
+        block.other = Experts((2, 8, 8), (2, 8, 8))
+    rule = r"exclude must hold '\*\.experts\.\*', '\*\.other\.\*', as blocks\.0\.experts is"
+    with pytest.raises(ValueError, match=rule):
+        quantise("rtn", model)
+    assert len(quantise("rtn", model, exclude=("*.experts.*", "*.other.*"))) == 2
+
+
 @pytest.mark.parametrize("says", [True, False])
-def test_plain_experts_are_taken(says):
+def test_plain_experts_are_taken(says, monkeypatch):
+    moe = pytest.importorskip("transformers.integrations.moe")
+    monkeypatch.setattr(Experts, "_apply_gate", moe._default_apply_gate, raising=False)
     assert len(quantise("rtn", mixture(False, says))) == 2 * 5
 
 
@@ -266,3 +289,163 @@ def test_caches_of_one_run_are_not_those_of_the_next():
         reports.append(gptq_quantize_model(model, [x], **HOW).layers)
     plain, cached = ([(layer.error, layer.rtn_error) for layer in own] for own in reports)
     assert plain == cached
+
+
+class Product(nn.Linear):
+    """A linear layer that transposes its weight itself."""
+
+    def __init__(self, product):
+        super().__init__(8, 8)
+        self.product = product
+
+    def forward(self, x):
+        return self.product(x, self.weight) + self.bias
+
+
+PRODUCTS = [
+    lambda x, w: x @ w.T,
+    lambda x, w: torch.matmul(x, w.t()),
+    lambda x, w: torch.matmul(x, other=w.t()),
+    lambda x, w: x.matmul(w.transpose(0, 1)),
+]
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_products_with_a_transposed_weight_are_seen(product):
+    plain, x = Stack(), torch.randn(4, 10, 8)
+    model = Stack()
+    model.blocks = nn.ModuleList(Product(product) for _ in range(2))
+    model.load_state_dict(plain.state_dict())
+    wanted = gptq_quantize_model(plain, [x], **HOW)
+    found = gptq_quantize_model(model, [x], **HOW)
+    assert [layer.tokens for layer in found.layers] == [40, 40]
+    for name, qw in wanted.weights.items():
+        assert torch.equal(found.weights[name].q, qw.q)
+
+
+@pytest.mark.parametrize(
+    "product",
+    [lambda x, w: x @ w, lambda x, w: torch.einsum("btk,nk->btn", x, w)],
+    ids=["not transposed", "einsum"],
+)
+def test_other_products_are_named(product):
+    model = Stack()
+    model.blocks = nn.ModuleList(Product(product) for _ in range(2))
+    rule = r"blocks\.0 must be read by torch\.nn\.functional\.linear or x @ W\.T; exclude what"
+    with pytest.raises(ValueError, match=rule):
+        quantise("gptq", model)
+
+
+class Between(Stack):
+    """Changes what goes from one block to the next."""
+
+    def __init__(self, change):
+        super().__init__(3)
+        self.change = change
+
+    def forward(self, x):
+        for place, block in enumerate(self.blocks):
+            x = block(x if place < 2 else self.change(x))
+        return x
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: 2 * x, lambda x: x.mul_(2), lambda x: x[:1], lambda x: x.flip(0)]
+)
+def test_what_changes_hidden_states_between_blocks_is_refused(change):
+    model = Between(change)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    rule = "gptq_quantize_model: the model changes the hidden states between blocks 1 and 2"
+    with pytest.raises(RuntimeError, match=rule):
+        quantise("gptq", model)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in model.blocks)
+
+
+def test_a_copy_between_blocks_is_no_change():
+    assert len(quantise("gptq", Between(torch.clone))) == 3
+
+
+class Pair(nn.Linear):
+    def forward(self, hidden_states):
+        return super().forward(hidden_states), None
+
+
+class ByKeyword(Stack):
+    def forward(self, x):
+        for block in self.blocks:
+            x, _ = block(hidden_states=x)
+        return x
+
+
+def test_hidden_states_by_keyword_and_outputs_in_tuples_are_compared():
+    model = ByKeyword()
+    model.blocks = nn.ModuleList(Pair(8, 8) for _ in range(3))
+    assert len(quantise("gptq", model)) == 3
+    model.blocks[0].weight.data[0, 0] = torch.nan  # block 1 gets it as it is
+    with pytest.raises(ValueError, match=r"blocks\.0 must be finite"):
+        quantise("gptq", model)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_blocks_that_run_again_are_refused(count):
+    class Again(Stack):
+        def forward(self, x):
+            return super().forward(super().forward(x) * 2)
+
+    with pytest.raises(RuntimeError, match="the model calls its blocks more than once"):
+        quantise("gptq", Again(count))
+
+
+def test_a_block_of_all_layers_is_refused():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AlbertConfig(
+        vocab_size=64,
+        embedding_size=32,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=64,
+    )
+    with pytest.raises(RuntimeError, match="the model calls its blocks more than once"):
+        gptq_quantize_model(transformers.AlbertModel(config), [IDS], **HOW)
+
+
+def test_falcon_is_quantised():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.FalconConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.FalconForCausalLM(config)
+    report = gptq_quantize_model(model, [IDS], **HOW)
+    assert len(report.layers) == 2 * 4
+    assert all(layer.error < layer.rtn_error for layer in report.layers)
+
+
+ROUTERS = [
+    "mlp.gate",
+    "mlp.router",
+    "mlp.shared_expert_gate",
+    "router.proj",
+    "mlp.gate.wg",
+    "ffn.router.layer",
+    "mlp.router.classifier",
+]
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_routers_are_left_alone(router):
+    home, _, own = router.rpartition(".")
+    model = Stack()
+    model.blocks = nn.ModuleList(nn.ModuleDict({"gate_proj": nn.Linear(8, 16)}) for _ in range(2))
+    for block in model.blocks:
+        inner = nn.Module()
+        inner.add_module(own, nn.Linear(8, 8))
+        for name in reversed(home.split(".")):
+            outer = nn.Module()
+            outer.add_module(name, inner)
+            inner = outer
+        block["body"] = inner
+    assert sorted(quantise("rtn", model)) == ["blocks.0.gate_proj", "blocks.1.gate_proj"]

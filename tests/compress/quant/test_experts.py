@@ -379,7 +379,16 @@ def test_experts_of_another_form_stay_and_are_named():
     model = decoder()
     weights = rtn_quantize_model(model, **PLAIN)
     for layer in model.model.layers:
-        layer.mlp.experts.has_bias = True
+        layer.mlp.experts.__class__ = ClampedExperts
+    before = copy.deepcopy(model.state_dict())
+    rule = rf"exclude must hold '\*\.experts\.\*', as {HOME} is of no usual form"
+    with pytest.raises(ValueError, match=f"rtn_quantize_model: {rule}"):
+        rtn_quantize_model(model, **PLAIN)
+    with pytest.raises(ValueError, match=f"gptq_quantize_model: {rule}"):
+        quantised(model, PLAIN)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    rest = copy.deepcopy(model)
+    replace_linears(rest, quantised(rest, PLAIN, exclude=("*.gate", "*.experts.*")))
     rule = "weights must name nn.Linear modules or experts of the usual form"
     with pytest.raises(ValueError, match=f"replace_linears: {rule}, got '{HOME}.gate_up_proj.0'"):
         replace_linears(model, weights)

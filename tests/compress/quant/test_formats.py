@@ -287,8 +287,8 @@ def test_what_does_not_fit_is_named(good, name, bad, message):
 @pytest.mark.parametrize(
     ("pack", "weight", "message"),
     [
-        (pack_gptq, draw(12, 64, 32), "N must be a multiple of 8, got 12"),
-        (pack_gptq, draw(16, 36, 36), "K must be a multiple of 8, got 36"),
+        (pack_gptq, draw(12, 64, 32), "N must be a multiple of 8 .*, got 12"),
+        (pack_gptq, draw(16, 36, 36), "K must be a multiple of 8 .*, got 36"),
         (pack_awq, draw(12, 64, 32), "N must be a multiple of 8"),
         (pack_awq, draw(16, 64, 32, act_order=True), "AWQ has no act-order"),
         (pack_marlin, draw(256, 128, 128, zeros=True), "MARLIN is symmetric"),

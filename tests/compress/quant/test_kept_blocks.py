@@ -32,7 +32,7 @@ class Model(nn.Module):
     def forward(self, x):
         x = x * self.scale
         for block in self.blocks:
-            x = x + block(x)
+            x = block(x)
         return x
 
 
@@ -69,7 +69,8 @@ def shift(model):
 def test_a_folder_of_another_model_is_refused_and_nothing_copied(tmp_path, change):
     quantise(tmp_path)
     model, same = other(change), other(change)
-    with pytest.raises(ValueError, match="the saved state has model="):
+    rule = f"folder {tmp_path} was begun with model='.*'; model must be the same"
+    with pytest.raises(ValueError, match=rule):
         quantise(tmp_path, model)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, same.state_dict()[name])
@@ -83,7 +84,7 @@ def test_another_configuration_is_refused_another_path_is_not(tmp_path):
     again = quantise(tmp_path, with_config(theta=1.0, _name_or_path="there"))
     for name, qw in first.weights.items():
         assert torch.equal(again.weights[name].q, qw.q)
-    with pytest.raises(ValueError, match="the saved state has config="):
+    with pytest.raises(ValueError, match="was begun with config="):
         quantise(tmp_path, with_config(theta=2.0, _name_or_path="here"))
 
 
@@ -154,3 +155,35 @@ def test_the_run_says_of_which_model_it_is(tmp_path):
     quantise(tmp_path)
     run = json.loads((tmp_path / "run.json").read_text())
     assert len(run["model"]) == len(run["config"]) == 64
+
+
+def test_a_folder_of_another_version_is_refused(tmp_path):
+    quantise(tmp_path)
+    run = json.loads((tmp_path / "run.json").read_text())
+    del run["damp"]
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    with pytest.raises(ValueError, match="was begun without damp; damp must be the same, got 0.01"):
+        quantise(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "error"),
+    [
+        ("bits", 8, ValueError),
+        ("bits", "4", ValueError),
+        ("damp", -1, ValueError),
+        ("damp", None, TypeError),
+        ("block_size", 0, ValueError),
+        ("scale_dtype", torch.int8, ValueError),
+    ],
+)
+def test_a_bad_setting_is_refused_before_anything_is_read_or_written(
+    setting, value, error, tmp_path
+):
+    def batches():
+        raise AssertionError
+        yield
+
+    with pytest.raises(error, match=f"gptq_quantize_model: {setting} must be"):
+        gptq_quantize_model(Model(), batches(), folder=tmp_path, **HOW, **{setting: value})
+    assert not list(tmp_path.iterdir())

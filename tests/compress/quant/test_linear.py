@@ -435,3 +435,14 @@ def test_sizes_below_one_are_named(sizes, argument):
     rule = f"QuantLinear: {argument}_features must be >= 1, got {min(sizes)}"
     with pytest.raises(ValueError, match=rule):
         QuantLinear(*sizes)
+
+
+def test_the_dense_weight_is_not_there_and_the_error_says_the_way_out():
+    layer = QuantLinear.from_quantized(draw(*KINDS["symmetric"]))
+    rule = "QuantLinear has no dense weight: exclude the layer .*dequantize.*to_linear"
+    with pytest.raises(AttributeError, match=rule):
+        _ = layer.weight
+    assert not hasattr(layer, "weight")
+    assert getattr(layer, "weight", None) is None
+    with pytest.raises(AttributeError, match="'QuantLinear' object has no attribute 'wieght'"):
+        _ = layer.wieght

@@ -107,3 +107,11 @@ def test_an_adapter_is_saved_and_loaded(tmp_path):
     config = lora_for_quantized(peft.PeftConfig.from_pretrained(tmp_path))
     again = peft.PeftModel.from_pretrained(base, tmp_path, config=config)
     assert torch.equal(again(x), wanted)
+
+
+def test_what_is_no_lora_config_is_named():
+    peft = pytest.importorskip("peft")
+    for wrong in (None, peft.IA3Config(target_modules=["up"], feedforward_modules=[])):
+        rule = f"lora_for_quantized: config must be a LoraConfig, got {type(wrong).__name__}"
+        with pytest.raises(TypeError, match=rule):
+            lora_for_quantized(wrong)

@@ -373,3 +373,23 @@ def test_a_fused_mlp_compiles_without_a_break():
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), model(x))
+
+
+def test_a_module_that_reads_a_dense_weight_says_what_to_do():
+    settings = {"vocab_size": 64, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_heads": 4}
+    model = transformers.T5EncoderModel(transformers.T5Config(**settings, num_layers=1)).eval()
+    replace_linears(model, rtn_quantize_model(model, **PLAIN))
+    with pytest.raises(AttributeError, match="QuantLinear has no dense weight: exclude the layer"):
+        model(TOKENS)
+
+
+def test_a_report_in_the_place_of_its_weights_is_named():
+    model = decoder()
+    report = gptq_quantize_model(model, [TOKENS], progress=False, **PLAIN)
+    for wrong in (report, list(report.weights)):
+        kind = type(wrong).__name__
+        rule = f"replace_linears: weights must be a mapping: pass report.weights, got {kind}"
+        with pytest.raises(TypeError, match=rule):
+            replace_linears(model, wrong)
+    with pytest.raises(TypeError, match="replace_linears: model must be a module, got NoneType"):
+        replace_linears(None, report.weights)

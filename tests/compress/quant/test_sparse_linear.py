@@ -47,7 +47,7 @@ class Model(nn.Module):
 
     def forward(self, x):
         for block in self.blocks:
-            x = x + block(x)
+            x = block(x)
         return x
 
 
@@ -102,7 +102,7 @@ def test_an_interrupted_run_is_not_mixed_with_a_dense_one(tmp_path):
     gptq_quantize_model(Model(), [X], sparsity="2:4", folder=tmp_path, **HOW)
     again = gptq_quantize_model(Model(), [X], sparsity="2:4", folder=tmp_path, **HOW)
     assert all(is_24(qw) for qw in again.weights.values())
-    with pytest.raises(ValueError, match="sparsity='2:4', this object sparsity=None"):
+    with pytest.raises(ValueError, match="was begun with sparsity='2:4'"):
         gptq_quantize_model(Model(), [X], folder=tmp_path, **HOW)
 
 

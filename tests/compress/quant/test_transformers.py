@@ -18,6 +18,8 @@ from batchery.compress.quant import (  # noqa: E402
     pack_compressed_tensors,
     pack_gptq,
     quantize_rtn,
+    replace_linears,
+    rtn_quantize_model,
     save_quantized,
 )
 from batchery.compress.quant.transformers_plugin import (  # noqa: E402
@@ -389,3 +391,36 @@ def test_older_names_of_files_and_configs(tmp_path, enabled):
     (tmp_path / "quantize_config.json").write_text(json.dumps(quantization))
     model = load_quantized(tmp_path)
     torch.testing.assert_close(model(TOKENS).logits, dense(TOKENS).logits, rtol=1e-5, atol=1e-5)
+
+
+def tiny_model(kind):
+    sizes = {"vocab_size": 32, "num_hidden_layers": 2, "hidden_size": 64}
+    if kind == "GPTBigCode":
+        settings = {"n_head": 4, "n_positions": 32}
+    else:
+        settings = {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "expand": 2}
+    made = getattr(transformers, f"{kind}Config")(**sizes, **settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return getattr(transformers, f"{kind}ForCausalLM")(made).eval()
+
+
+@pytest.mark.parametrize("kind", ["GPTBigCode", "Mamba2"])
+def test_a_model_that_initialises_its_childrens_weights_is_loaded(kind, tmp_path):
+    model = tiny_model(kind)
+    replace_linears(model, rtn_quantize_model(model, group_size=32))
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(load_quantized(tmp_path)(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_a_damaged_config_is_named_by_name(tmp_path):
+    write(tmp_path, "gptq")
+    file = tmp_path / "config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "quantization_config": [1]}))
+    with pytest.raises(ValueError, match="quantization_config in config.json must be a table"):
+        load_quantized(tmp_path)
+    file.write_text(json.dumps({**content, "quantization_config": {**GPTQ, "dynamic": [1]}}))
+    with pytest.raises(ValueError, match="quantization_config: dynamic must be a table, got .1."):
+        load_quantized(tmp_path)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from batchery._core.validate import require, require_type
-from batchery.compress.quant.experts import is_transposed, stacks_of
+from batchery.compress.quant.experts import is_stacked, is_transposed, stacks_of
 from batchery.compress.quant.gptq import GPTQ
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
+PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 CACHES = ("past_key_values", "past_key_value")
 WORTH_A_WORD = 0.05  # of the linear weights, left as they are
 
@@ -231,7 +232,11 @@ class BlockCall:
             out = block(*self.positional, hidden_states=hidden, **self.keywords)
         else:
             out = block(hidden, *self.positional, **self.keywords)
-        return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
+        return _hidden_of(out)  # type: ignore[no-any-return]
+
+
+def _hidden_of(out: Any) -> Any:
+    return out[0] if isinstance(out, tuple) else out
 
 
 class _AllSeen(Exception):
@@ -242,34 +247,48 @@ class _AllSeen(Exception):
 def catch_inputs(
     owner: str, model: nn.Module, blocks: Sequence[nn.Module], calls: Iterable[Call]
 ) -> tuple[list[Tensor], list[list[BlockCall]]]:
-    """Run the model up to its last block.
+    """Run the model up to its last block; in the first call to its end, to see what it does there.
 
     Returns:
         For each call the hidden states before the first block; and for each block its calls.
 
     Raises:
-        RuntimeError: the model does not call its blocks one after another.
+        RuntimeError: the model does not call its blocks one after another, calls them again, or
+            changes hidden states between them.
     """
     device = next(model.parameters()).device
     states: list[Tensor] = []
     caught: list[list[BlockCall]] = [[] for _ in blocks]
     place = 0
+    behind: Any = None  # the last block, in the first call
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal place
+        if place == len(blocks):
+            raise RuntimeError(f"{owner}: the model calls its blocks more than once")
         if module is not blocks[place]:
             raise RuntimeError(f"{owner}: the model does not call its blocks in their order")
         kept = {name: None if name in CACHES else value for name, value in kwargs.items()}
         hidden: Any = args[0] if args else kept.pop("hidden_states")
         if place == 0:
             states.append(hidden)
+        elif len(states) == 1 and not _same(behind, hidden):
+            where = f"between blocks {place - 1} and {place}"
+            raise RuntimeError(f"{owner}: the model changes the hidden states {where}")
         caught[place].append(BlockCall(args[1:], kept, by_keyword=not args))
         place += 1
-        if place == len(blocks):
+        if place == len(blocks) and len(states) > 1:
             raise _AllSeen
 
+    def after(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        nonlocal behind
+        if len(states) == 1:
+            hidden = _hidden_of(out)
+            behind = hidden.clone() if isinstance(hidden, Tensor) else hidden
+
     unique = dict.fromkeys(blocks)
-    handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in unique]
+    handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in unique]
+    handles += [block.register_forward_hook(after) for block in unique]
     body = getattr(model, "base_model", model)  # no need of logits
     try:
         for args, kwargs in calls:
@@ -282,6 +301,15 @@ def catch_inputs(
         for handle in handles:
             handle.remove()
     return states, caught
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two tensors have the same values; NaN is like NaN."""
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return False
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.allclose(one.to(other.device), other, rtol=0, atol=0, equal_nan=True)
 
 
 def _moved(values: Any, device: torch.device) -> Any:
@@ -318,17 +346,24 @@ def targets_of(owner: str, block: nn.Module, prefix: str, exclude: Sequence[str]
         exclude: shell-style patterns of full names.
 
     Raises:
-        ValueError: experts that are stored transposed are not excluded.
+        ValueError: stacked experts that `replace_linears` does not take are not excluded.
     """
     wanted = [
         target for target in _all_targets(block, prefix) if not _matches(target.name, exclude)
     ]
-    for name, module in block.named_modules(prefix=prefix):
-        if stacks_of(module) and is_transposed(module):
-            inside = any(target.name.startswith(f"{name}.") for target in wanted)
-            pattern = f"*.{name.rsplit('.', 1)[-1]}.*"
-            rule = f"must hold {pattern!r}, as {name} is stored transposed"
-            require(not inside, owner, "exclude", rule, tuple(exclude))
+    odd = {
+        name: module
+        for name, module in block.named_modules(prefix=prefix)
+        if stacks_of(module)
+        and not is_stacked(module)
+        and any(target.name.startswith(f"{name}.") for target in wanted)
+    }
+    if odd:
+        name, module = next(iter(odd.items()))
+        form = "stored transposed" if is_transposed(module) else "of no usual form"
+        patterns = dict.fromkeys(repr(f"*.{own.rpartition('.')[2]}.*") for own in odd)
+        rule = f"must hold {', '.join(patterns)}, as {name} is {form}"
+        require(False, owner, "exclude", rule, tuple(exclude))
     return wanted
 
 
@@ -358,7 +393,7 @@ def _all_targets(block: nn.Module, prefix: str) -> list[Target]:
 class InputWatch(TorchFunctionMode):
     """While active, sums the inputs of each target; targets with one input share one sum.
 
-    It sees products by `torch.nn.functional.linear`, whatever module makes them.
+    It sees products by `torch.nn.functional.linear` and `x @ weight.T`, whatever module makes them.
     """
 
     def __init__(self, targets: Sequence[Target]) -> None:
@@ -377,6 +412,11 @@ class InputWatch(TorchFunctionMode):
         if func is F.linear:
             given = {**dict(zip(("input", "weight"), args, strict=False)), **kwargs}
             self._see(given["input"], given["weight"])
+        elif func in PRODUCTS:
+            given = {**dict(zip(("input", "other"), args, strict=False)), **kwargs}
+            other = given["other"]
+            if isinstance(other, Tensor) and other.dim() == 2 and other.stride(0) == 1:  # W.T
+                self._see(given["input"], other.t())
         return func(*args, **kwargs)
 
     def begin(self) -> None:

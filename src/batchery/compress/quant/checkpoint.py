@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from batchery._core.state import atomic_write
-from batchery._core.validate import import_extra, one_of, require
+from batchery._core.validate import import_extra, integer, one_of, require, require_type
 from batchery.compress.quant.experts import layers_in_model, name_in_files, name_in_model
 from batchery.compress.quant.folder import CONFIG, INDEX, OLD_CONFIG, WHOLE, SafetensorsFolder
 from batchery.compress.quant.linear import QuantLinear
@@ -56,9 +56,10 @@ def load_quantized(
 
     Raises:
         ValueError: files are damaged, a tensor is missing or does not fit, or the config is of no
-            four-bit format; tensor and file are named. Or `into` has buffers on the meta device
-            that files do not hold.
+            four-bit format; tensor and file are named. Or the path is a file's, or `into` has
+            buffers on the meta device that files do not hold.
         FileNotFoundError: the folder or its safetensors are not there.
+        TypeError: an argument is of another kind.
 
     Example:
         >>> import tempfile
@@ -75,6 +76,10 @@ def load_quantized(
         require(into is None, "load_quantized", "into", "needs a path, not a model", type(into))
         carry_config(_convert(model_or_path, format, device))
         return model_or_path
+    owner, rule = "load_quantized", "must be a module or a path"
+    require_type(isinstance(model_or_path, str | Path), owner, "model_or_path", rule, model_or_path)
+    module = into is None or isinstance(into, nn.Module)
+    require_type(module, owner, "into", "must be a module", into)
     folder = SafetensorsFolder(model_or_path)
     if into is None:
         from batchery.compress.quant.transformers_plugin import from_pretrained
@@ -165,9 +170,14 @@ def save_quantized(
         The folder; `load_quantized` shows one.
 
     Raises:
-        ValueError: the format cannot hold a layer, or layers differ in what one config must say.
+        ValueError: the format cannot hold a layer, layers differ in what one config must say, a
+            layer stands at two places, the path is a file's, or shard_bytes is below 1.
+        TypeError: an argument is of another kind.
     """
-    path = Path(path)
+    owner, path = "save_quantized", Path(path)
+    require_type(isinstance(model, nn.Module), owner, "model", "must be a module", model)
+    require(not path.is_file(), owner, "path", "must be a folder", str(path))
+    integer(owner, "shard_bytes", shard_bytes, at_least=1)
     safetensors = import_extra("safetensors.torch", "hf", "save_quantized")
     scheme, config = described(model, format)
     renamed = name_in_files(model)
@@ -212,6 +222,10 @@ def quantized_state_dict(model: nn.Module, scheme: Scheme) -> dict[str, Tensor]:
     fused = [name for name, layer in layers.items() if layer.gated]
     rule = "must not be fused: formats have gate and up apart; save before fuse_mlps"
     require(not fused, "save_quantized", "model", rule, fused[:3])
+    modules = model.named_modules(remove_duplicate=False)
+    twice = [name for name, m in modules if isinstance(m, QuantLinear) and name not in layers]
+    rule = "must have each QuantLinear at one place (copy.deepcopy makes another)"
+    require(not twice, "save_quantized", "model", rule, twice[:3])
     state: dict[str, Tensor] = {}
     seen = set()
     for name, tensor in _state_without(model, layers).items():
@@ -222,7 +236,10 @@ def quantized_state_dict(model: nn.Module, scheme: Scheme) -> dict[str, Tensor]:
         state[name] = tensor.detach().contiguous()
     for name, layer in layers.items():
         prefix = f"{name}." if name else ""
-        packed = scheme.write(layer.quantized_weight())
+        try:
+            packed = scheme.write(layer.quantized_weight())
+        except ValueError as error:
+            raise ValueError(f"{name or 'model'}: {error}") from error
         if layer.bias is not None:
             packed["bias"] = layer.bias.detach()
         state |= {prefix + own: tensor.cpu() for own, tensor in packed.items()}

@@ -144,7 +144,7 @@ def is_stacked(module: nn.Module) -> bool:
     """
     own = getattr(type(module), "_apply_gate", None)
     return (
-        stacks_of(module).keys() >= set(STACKS)
+        stacks_of(module).keys() == set(STACKS)
         and not is_transposed(module)
         and all(getattr(module, name, value) is value for name, value in USUAL.items())
         and getattr(own, "__module__", "") == COMMON

@@ -42,10 +42,12 @@ class SafetensorsFolder:
 
         Raises:
             FileNotFoundError: there are none.
-            ValueError: a file is damaged, or the index names what is not there.
+            ValueError: a file is damaged, the index names what is not there, or the path is a
+                file's.
         """
         self.path = Path(path)
         self.owner = "load_quantized"
+        require(not self.path.is_file(), self.owner, "path", "must be the folder", str(path))
         self._open: dict[str, Any] = {}
         index = self.path / INDEX
         mapped = self._index(index) if index.is_file() and not names else {}
@@ -102,13 +104,16 @@ class SafetensorsFolder:
         """Return the `quantization_config`.
 
         Raises:
-            ValueError: no file has one.
+            ValueError: no file has one, or it is no table.
         """
         for name, inner in ((CONFIG, True), (OLD_CONFIG, False)):
             if (self.path / name).is_file():
                 content = self._read_json(self.path / name)
                 found = content.get("quantization_config") if inner else content
                 if found:
+                    entry = f"quantization_config in {name}"
+                    table = isinstance(found, dict)
+                    require(table, self.owner, entry, "must be a table", found)
                     return dict(found)
         raise ValueError(f"{self.owner}: {CONFIG} in {self.path} has no quantization_config")
 

@@ -346,4 +346,5 @@ def _zeros(qw: QuantizedWeight) -> Tensor:
 def _whole_words(owner: str, qw: QuantizedWeight, *axes: int) -> None:
     for axis in axes:
         size = qw.shape[axis]
-        require(size % PER_WORD == 0, owner, "NK"[axis], "must be a multiple of 8", size)
+        rule = "must be a multiple of 8 (compressed-tensors takes any)"
+        require(size % PER_WORD == 0, owner, "NK"[axis], rule, size)

@@ -44,10 +44,20 @@ from batchery.compress.quant.rtn import (
 from batchery.compress.quant.weight import QuantizedWeight, dequantize
 from batchery.kernels.gptq import Impl, round_block
 
-__all__ = ["GPTQ", "inverse_factor"]
+__all__ = ["GPTQ", "check_settings", "inverse_factor"]
 
 DAMPINGS = 3  # tries, each ten times the last
 SEARCHED = 2**24  # weights that a clip search rounds at once: 64 MiB
+
+
+def check_settings(
+    owner: str, bits: int, damp: float, block_size: int, scale_dtype: torch.dtype | None
+) -> None:
+    """Raise where `GPTQ.quantize` would, whatever the weight."""
+    one_of(owner, "bits", bits, (4,))
+    number(owner, "damp", damp, at_least=0)
+    integer(owner, "block_size", block_size, at_least=1)
+    one_of(owner, "scale_dtype", scale_dtype, SCALE_DTYPES)
 
 
 def inverse_factor(hessian: Tensor, damp: float = 0.0) -> Tensor | None:
@@ -210,14 +220,12 @@ class GPTQ:
             ValueError: a setting, shape or value that does not fit; no tokens; inputs that were
                 not finite; a scale too large for `scale_dtype`.
         """
+        check_settings(self.name, bits, damp, block_size, scale_dtype)
         size = checked_group_size(self.name, w, bits, group_size)
         k = len(self.gram)
         require(w.shape[1] == k, self.name, "w", f"must be (N, {k})", tuple(w.shape))
         device = self.gram.device
         require(w.device == device, self.name, "w", f"must be on {device}", w.device)
-        number(self.name, "damp", damp, at_least=0)
-        integer(self.name, "block_size", block_size, at_least=1)
-        one_of(self.name, "scale_dtype", scale_dtype, SCALE_DTYPES)
         grid: dict[str, Any] = {"symmetric": symmetric, "scale_dtype": scale_dtype}
         hessian = self.hessian
         dead = hessian.diagonal() == 0

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchery._core.state import atomic_write, check_fits
+from batchery._core.state import atomic_write
 from batchery._core.validate import import_extra, require
 from batchery.compress.quant.calibration import Target, digest_of_tensors
 from batchery.compress.quant.weight import QuantizedWeight
@@ -96,7 +96,7 @@ class KeptBlocks:
         require(folder.is_dir() or not folder.exists(), owner, "folder", "must be one", str(folder))
         run = folder / "run.json"
         if run.exists():
-            check_fits(owner, self._read_run(run), made_by)
+            self._require_same(self._read_run(run), made_by)
         else:
             blocks = sorted(folder.glob("block-*.safetensors"))
             rule = f"must have a run.json beside {blocks[0].name}" if blocks else ""
@@ -111,6 +111,13 @@ class KeptBlocks:
         if not isinstance(saved, dict):
             raise self._damaged(path, "no mapping")
         return saved
+
+    def _require_same(self, saved: Mapping[str, Any], made_by: Mapping[str, Any]) -> None:
+        for name, value in made_by.items():
+            had = f"with {name}={saved[name]!r}" if name in saved else f"without {name}"
+            same = name in saved and saved[name] == value
+            rule = f"was begun {had}; {name} must be the same"
+            require(same, self._owner, f"folder {self._folder}", rule, value)
 
     def _damaged(self, path: Path, why: object) -> ValueError:
         return ValueError(f"{self._owner}: folder has a damaged or foreign file {path}: {why}")

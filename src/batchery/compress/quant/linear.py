@@ -269,6 +269,17 @@ class QuantLinear(nn.Module):
         sizes = (self.rows, self.in_features, self.group_size)
         return torch.tensor([VERSION, BITS, *sizes])
 
+    def __getattr__(self, name: str) -> Any:
+        """Say of the dense weight, which some modules read in forward, what to do without it.
+
+        An AttributeError, so that those who ask by `hasattr` go on; a property could not say it,
+        since `nn.Module` would answer in its place.
+        """
+        if name == "weight":
+            rule = "exclude the layer when quantising, or use dequantize() or to_linear()"
+            raise AttributeError(f"{type(self).__name__} has no dense weight: {rule}")
+        return super().__getattr__(name)
+
     def extra_repr(self) -> str:
         """Show sizes, groups and what kind of weight it is."""
         kinds = ", gated=True" if self.gated else ""

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from batchery._core.validate import import_extra, one_of, require
+from batchery._core.validate import import_extra, one_of, require, require_type
 from batchery.compress.quant.linear import QuantLinear
 
 __all__ = ["lora_for_quantized"]
@@ -40,7 +40,10 @@ def lora_for_quantized(config: Any) -> Any:
 
     Raises:
         ValueError: the adapters would need the dense weight.
+        TypeError: the config is no `LoraConfig`.
     """
+    kind = import_extra("peft", "hf", OWNER).LoraConfig
+    require_type(isinstance(config, kind), OWNER, "config", "must be a LoraConfig", config)
     _require_plain(config)
     config._register_custom_module({QuantLinear: _lora_class()})
     return config

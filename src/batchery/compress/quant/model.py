@@ -44,7 +44,7 @@ from batchery.compress.quant.calibration import (
     require_most_inside,
     targets_of,
 )
-from batchery.compress.quant.gptq import GPTQ
+from batchery.compress.quant.gptq import GPTQ, check_settings
 from batchery.compress.quant.kept_blocks import Done, KeptBlocks, LayerReport, model_digests
 from batchery.compress.quant.rtn import quantize_rtn
 from batchery.compress.quant.sparse import prune_quantize_24, quantize_rtn_24
@@ -52,7 +52,8 @@ from batchery.compress.quant.weight import QuantizedWeight, dequantize, require_
 
 __all__ = ["EXCLUDED", "QuantizationReport", "gptq_quantize_model", "rtn_quantize_model"]
 
-EXCLUDED = ("lm_head", "*.gate", "*.router", "*.shared_expert_gate")
+# The head, and routers by the names that transformers has for them.
+EXCLUDED = ("lm_head", "*.gate", "*.gate.wg", "*.router", "*.router.*", "*.shared_expert_gate")
 
 Sparsity = Literal["2:4"]
 
@@ -97,9 +98,9 @@ def gptq_quantize_model(
 
     What is outside the blocks (embeddings, head) stays as it is; a model with more linear weights
     there than inside is refused, unless they are excluded. Experts are quantised one by one,
-    whether they are modules in a list or the stacked parameters of transformers' `…Experts`; those
-    stored transposed must be excluded. After an error or an interruption the blocks that were
-    finished are quantised, the others as they were.
+    whether they are modules in a list or the stacked parameters of transformers' `…Experts`; stacks
+    of another form (transposed, with biases or a gate of their own) must be excluded. After an
+    error or an interruption the blocks that were finished are quantised, the others as they were.
 
     Args:
         model: on the device that shall compute.
@@ -117,7 +118,8 @@ def gptq_quantize_model(
         sparsity: "2:4" prunes two of every four weights as well, see `prune_quantize_24`; needs a
             symmetric weight without act-order and clip search. It costs many times the error, and
             gives memory, not speed: see `compress_24`.
-        exclude: shell-style patterns of module names to leave alone; routers by default.
+        exclude: shell-style patterns of module names to leave alone; by default the head and
+            routers (`*.gate`, `*.gate.wg`, `*.router`, `*.router.*`, `*.shared_expert_gate`).
         min_expert_tokens: an expert that saw fewer is quantised for the inputs of all experts of
             its layer.
         folder: where finished blocks are kept, so that a call with the same model as it was, the
@@ -128,9 +130,11 @@ def gptq_quantize_model(
         TypeError: calibration is one batch or holds lists; `exclude` is one string.
         ValueError: a setting that does not fit a layer or the kernels; no tokens, or none that
             reach some layer; a mask that does not fit; inputs that are not finite; nothing to
-            quantise, or only the smaller part of the model; transposed experts; a folder of another
-            model, data or settings, or damaged.
-        RuntimeError: the model does not call its blocks one after another.
+            quantise, or only the smaller part of the model; stacked experts of another form; a
+            folder of another model, data or settings, or damaged; a layer that computes otherwise
+            than by `torch.nn.functional.linear` or `x @ weight.T`.
+        RuntimeError: the model does not call its blocks one after another, calls them again, or
+            changes hidden states between them.
 
     Example:
         >>> from torch import nn
@@ -151,6 +155,7 @@ def gptq_quantize_model(
     """
     begin = time.perf_counter()
     integer(OWNER, "min_expert_tokens", min_expert_tokens, at_least=1)
+    check_settings(OWNER, bits, damp, block_size, scale_dtype)
     one_of(OWNER, "sparsity", sparsity, (None, "2:4"))
     plain = symmetric and not act_order and not clip_search
     rule = "must be None with zeros, act_order or clip_search"
@@ -230,7 +235,8 @@ def rtn_quantize_model(
         symmetric: see there.
         clip_search: see there.
         scale_dtype: see there.
-        exclude: shell-style patterns of module names to leave alone; routers by default.
+        exclude: shell-style patterns of module names to leave alone; by default the head and
+            routers (`*.gate`, `*.gate.wg`, `*.router`, `*.router.*`, `*.shared_expert_gate`).
 
     Returns:
         Quantised weight by the name of its module.
@@ -238,7 +244,7 @@ def rtn_quantize_model(
     Raises:
         TypeError: `exclude` is one string.
         ValueError: a setting that does not fit a layer or the kernels; nothing to quantise, or only
-            the smaller part of the model; transposed experts.
+            the smaller part of the model; stacked experts of another form.
     """
     how: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "clip_search": clip_search}
     how["scale_dtype"] = scale_dtype
@@ -308,6 +314,9 @@ def _quantize_block(
     min_expert_tokens: int,
 ) -> Done:
     """Watch a block at work, then quantise its targets; the model is left as it is."""
+    for target in targets:  # those that share inputs are joined: later none has a name
+        finite = bool(torch.isfinite(target.weight).all())
+        require(finite, OWNER, target.name, "must be finite", "NaN or infinity")
     watch = InputWatch(targets)
     with watch:
         for call, hidden in zip(calls, states, strict=True):
@@ -323,7 +332,9 @@ def _quantize_block(
                 unions[target.role] = _union(target.role, targets, watch)
             gptq = unions[target.role]
         enough = gptq is not None and gptq.tokens > 0
-        require(enough, OWNER, "calibration", "must reach every layer", f"none at {target.name}")
+        rule = "must be read by torch.nn.functional.linear or x @ W.T"
+        rule += "; exclude what computes otherwise"
+        require(enough, OWNER, target.name, rule, "no tokens")
         if gptq is not None:
             shared.setdefault(id(gptq), (gptq, []))[1].append(target)
     quantized: dict[str, QuantizedWeight] = {}

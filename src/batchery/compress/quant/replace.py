@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchery._core.validate import require
+from batchery._core.validate import require, require_type
 from batchery.compress.quant.checkpoint import carry_config, replace_module
 from batchery.compress.quant.experts import (
     PROJECTIONS,
@@ -71,6 +71,7 @@ def replace_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight]) ->
         ValueError: a name is of no `nn.Linear` or expert of the usual form, experts are missing, or
             a weight has another shape or a group size that the kernels do not take; nothing has
             been replaced.
+        TypeError: an argument is of another kind, as a report in the place of its weights.
 
     Example:
         >>> from batchery.compress.quant.rtn import quantize_rtn
@@ -84,6 +85,9 @@ def replace_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight]) ->
         )
     """
     owner = "replace_linears"
+    require_type(isinstance(model, nn.Module), owner, "model", "must be a module", model)
+    rule = "must be a mapping: pass report.weights"
+    require_type(isinstance(weights, Mapping), owner, "weights", rule, weights)
     shapes: dict[str, tuple[int, ...]] = {}
     stacks: dict[str, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):

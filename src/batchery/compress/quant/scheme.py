@@ -108,6 +108,7 @@ class Scheme:
             ValueError: these are no four-bit weights that we read; the entry is named.
         """
         one_of("load_quantized", "format", form, ("auto", *FORMATS))
+        _table(config, "config")
         if not config and form != "auto":
             return cls(form.partition("_v")[0], _VERSIONS.get(form))
         method = config.get("quant_method", "gptq" if "bits" in config else None)
@@ -130,15 +131,21 @@ class Scheme:
         elif family == "awq":
             kind = str(config.get("version") or stored or "gemm").lower()
             one_of(OWNER, "version", kind, ("gemm",))
-        entries = [config, *(config.get("dynamic") or {}).values()]
-        sizes = [config.get("group_size", config.get("q_group_size"))]
-        sizes += [own.get("group_size") for own in entries[1:]]
+        entries = {"": config}
+        for pattern, own in _table(config.get("dynamic") or {}, "dynamic").items():
+            entries[f"dynamic[{pattern!r}]."] = _table(own, f"dynamic[{pattern!r}]")
+        sizes = {f"{entry}group_size": own.get("group_size") for entry, own in entries.items()}
+        sizes["group_size"] = config.get("group_size", config.get("q_group_size"))
         scheme = cls(
             family=family,
             version=version,
-            group_sizes=tuple(sorted({int(size) for size in sizes if size is not None})),
+            group_sizes=tuple(
+                sorted({_whole(size, own) for own, size in sizes.items() if size is not None})
+            ),
             symmetric=config.get("sym") if family in ("gptq", MARLIN_24) else None,
-            act_order=_common(bool(own["desc_act"]) for own in entries if "desc_act" in own),
+            act_order=_common(
+                bool(own["desc_act"]) for own in entries.values() if "desc_act" in own
+            ),
         )
         return _checked_24(scheme) if family == MARLIN_24 else scheme
 
@@ -259,19 +266,33 @@ def _common(values: Iterable[bool]) -> bool | None:
     return found.pop() if len(found) == 1 else None
 
 
+def _table(value: Any, entry: str) -> Mapping[str, Any]:
+    """Return an entry of a config that must have entries of its own."""
+    require(isinstance(value, Mapping), OWNER, entry, "must be a table", value)
+    table: Mapping[str, Any] = value
+    return table
+
+
+def _whole(value: Any, entry: str) -> int:
+    """Return an entry of a config that must be an integer."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    require(whole, OWNER, entry, "must be an integer", value)
+    return int(value)
+
+
 def _size(qw: QuantizedWeight) -> int:
     return -1 if qw.group_size == qw.shape[1] else qw.group_size
 
 
 def _parse_compressed_tensors(config: Mapping[str, Any]) -> Scheme:
-    groups = config.get("config_groups") or {}
+    groups = _table(config.get("config_groups") or {}, "config_groups")
     require(bool(groups), OWNER, "config_groups", "must name a group", groups)
     sizes, symmetric, kinds = set(), set(), set()
     for name, group in groups.items():
-        kind = group.get("format") or config.get("format")
+        kind = _table(group, name).get("format") or config.get("format")
         one_of(OWNER, f"{name}.format", kind, ("pack-quantized", CT_24))
         kinds.add(str(kind))
-        weights = group.get("weights") or {}
+        weights = _table(group.get("weights") or {}, f"{name}.weights")
         bits = weights.get("num_bits")
         integers = bits == 4 and weights.get("type", "int") == "int"
         require(integers, OWNER, f"{name}.weights", "must be integers of 4 bits", weights)
@@ -279,7 +300,8 @@ def _parse_compressed_tensors(config: Mapping[str, Any]) -> Scheme:
         require(not inputs, OWNER, f"{name}.input_activations", "must be None", inputs)
         strategy = weights.get("strategy")
         one_of(OWNER, f"{name}.strategy", strategy, ("group", "channel"))
-        sizes.add(int(weights["group_size"]) if strategy == "group" else -1)
+        size = weights.get("group_size") if strategy == "group" else -1
+        sizes.add(_whole(size, f"{name}.weights.group_size"))
         symmetric.add(bool(weights.get("symmetric", True)))
     require(len(kinds) == 1, OWNER, "format", "must be one for all groups", sorted(kinds))
     sparse = kinds == {CT_24}
@@ -304,13 +326,13 @@ def _checked_24(scheme: Scheme) -> Scheme:
     return scheme
 
 
-def _check_version_24(version: str | None, sizes: set[int]) -> None:
+def _check_version_24(version: Any, sizes: set[int]) -> None:
     """Refuse files whose scales may lie in the wrong order, which nothing in them would show.
 
     Before 0.8, whether compressed-tensors brought the scales of groups into order depended on how
     it was told of the groups; vLLM read such files wrongly. Before 0.7 it wrote no version.
     """
-    found = re.match(r"(\d+)\.(\d+)", version or "")
+    found = re.match(r"(\d+)\.(\d+)", str(version))
     recent = found is not None and (int(found[1]), int(found[2])) >= SCALES_IN_ORDER
     rule = "must be 0.8 or later: before, scales of groups might lie in the wrong order"
     require(recent or sizes == {-1}, OWNER, "version", rule, version)

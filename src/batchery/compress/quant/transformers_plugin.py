@@ -184,6 +184,15 @@ class StoredLinear(nn.Module):
         for name, (shape, dtype) in kinds.items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, on the meta device: `_init_weights` of some parents fills it in vain.
+
+        GPTBigCode, Mamba2 and NanoChat initialise a child's weight by the parent's rule, and do so
+        in loading, too.
+        """
+        return self.like[0].weight
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the buffers by name."""
         return dict(self._buffers)  # type: ignore[arg-type]
