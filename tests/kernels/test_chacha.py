@@ -2,6 +2,7 @@
 """The cipher against the vectors of RFC 8439, then against a few lines of Python."""
 
 import struct
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -122,6 +123,28 @@ def test_every_call_has_a_key_of_its_own(monkeypatch, kernel_device):
     monkeypatch.setattr(chacha.os, "urandom", urandom)
     for key in (KEY, bytes(32)):
         assert torch.equal(random_words(9, kernel_device), keystream(key, 9, kernel_device))
+
+
+def test_a_key_is_not_drawn_where_a_graph_would_keep_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(chacha.os, "urandom", None)  # not to be called
+    with pytest.raises(RuntimeError, match="random_words: must not be captured in a CUDA graph"):
+        random_words(9, torch.device("cuda"))
+
+
+@pytest.mark.gpu
+def test_no_graph_is_captured_of_random_words():
+    words = random_words(9, torch.device("cuda"))  # and compiles
+
+    def capture():
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            words.zero_()  # a graph of nothing warns
+            random_words(9, words.device)
+
+    with pytest.raises(RuntimeError, match="random_words: must not be captured in a CUDA graph"):
+        capture()
 
 
 @pytest.mark.gpu

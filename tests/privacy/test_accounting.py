@@ -188,6 +188,10 @@ def test_group_privacy_holds_for_gaussian_noise():
         (lambda: Budget(1e-9, pure_epsilon=5.0), "Budget: rho must be ε²/2 = 12.5, got 1e-09"),
         (lambda: Budget(13.0, pure_epsilon=5.0), "Budget: rho must be ε²/2 = 12.5, got 13.0"),
         (lambda: Budget(0.5, target=(0.001, 1e-9)), "Budget: rho must be within .*, got 0.5"),
+        (
+            lambda: Budget(zcdp_rho(1.0, 1e-6) * (1 + 1e-10), target=(1.0, 1e-6)),
+            "Budget: rho must be within .*, its",
+        ),
         (lambda: Budget(0.0, target=(-1.0, 1e-9)), "Budget: target must be > 0, got -1.0"),
         (lambda: Budget(0.0, target=(math.nan, 0.1)), "Budget: target must be > 0, got nan"),
         (lambda: Budget(0.0, target=(1.0, 1.0)), "target must be > 0 and < 1, got 1.0"),
@@ -201,6 +205,10 @@ def test_group_privacy_holds_for_gaussian_noise():
         (lambda: Budget.pure(0), "Budget.pure: epsilon must be > 0, got 0"),
         (lambda: Budget.approx(1.0, 0.0), "delta must be > 0 and < 1, got 0.0"),
         (lambda: Budget.approx(-1.0, 0.1), "epsilon must be > 0, got -1.0"),
+        (
+            lambda: Budget.approx(1e-12, 1e-30),
+            "zcdp_rho: epsilon must be within reach of a ρ with delta=1e-30, got 1e-12",
+        ),
         (lambda: Budget(rho=1.0).group(0), "size must be >= 1, got 0"),
         (lambda: zcdp_epsilon(-1.0, 0.1), "rho must be >= 0"),
         (lambda: gaussian_scale(1.0, 0.1, 0.0), "sensitivity must be > 0, got 0.0"),

@@ -326,10 +326,12 @@ def test_what_was_spent():
     assert endless.spent == RHO
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
-def test_a_dtype_that_holds_no_real_numbers_is_refused(dtype):
+@pytest.mark.parametrize(
+    "dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float8_e8m0fnu]
+)
+def test_a_dtype_that_noise_is_not_drawn_in_is_refused(dtype):
     for build in (FactorizationCounter, partial(TreeCounter, sampler="float")):
-        with pytest.raises(ValueError, match=f"dtype must be a real .*, got {dtype}"):
+        with pytest.raises(ValueError, match=f"dtype must be .* or float64, got {dtype}"):
             build(5, budget=RHO, dtype=dtype)
         with pytest.raises(TypeError, match="Counter: dtype must be a torch.dtype, got str"):
             build(5, budget=RHO, dtype="float32")

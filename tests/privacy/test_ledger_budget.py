@@ -15,6 +15,7 @@ from batchery.privacy import (
     MaxSum,
     SumSelect,
     TreeCounter,
+    accounting,
 )
 from batchery.privacy.ledger import within
 
@@ -138,6 +139,29 @@ def test_a_total_may_be_set_later_and_binds_whoever_has_the_ledger_open(path):
         before.open("b", seeded(budget=Budget(rho=0.3)))
     with pytest.raises(ValueError, match=r"total must be Budget\(rho=0.8\)"):
         Ledger(path, total=Budget(rho=0.9))
+
+
+@pytest.mark.parametrize("towards", [0.0, math.inf])
+def test_a_total_is_the_same_where_the_last_digit_of_epsilon_is_another(towards, path, monkeypatch):
+    def build():
+        return seeded(budget=Budget(rho=1e-3))
+
+    mine = Budget.approx(1.0, 1e-6)
+    with Ledger(path, total=mine) as ledger, ledger.open("a", build()) as stream:
+        stream.update(1)
+    real = accounting.zcdp_epsilon
+    monkeypatch.setattr(accounting, "zcdp_epsilon", lambda *of: math.nextafter(real(*of), towards))
+    other = Budget.approx(1.0, 1e-6)
+    assert other.rho != mine.rho
+    for total in (None, other):
+        with Ledger(path, total=total) as ledger, ledger.open("a", build()) as stream:
+            assert ledger.total.target == (1.0, 1e-6)
+            assert stream.t == 1
+    for total in (Budget.approx(1.0, 2e-6), Budget(1e-3, target=(1.0, 1e-6)), Budget(other.rho)):
+        with pytest.raises(
+            ValueError, match=r"total must be Budget.approx\(epsilon=1.0, delta=1e-"
+        ):
+            Ledger(path, total=total)
 
 
 @pytest.mark.parametrize("total", [Budget.pure(1.0), Budget.approx(1.0, 1e-6)], ids=repr)

@@ -180,10 +180,14 @@ def test_a_holder_that_was_overtaken_draws_nothing(path, monkeypatch):
         assert second.update(1).t == 2
 
 
-def test_a_fork_and_an_update_beside_the_ledger_are_refused(path):
+@pytest.mark.parametrize("same_pid", [False, True])
+def test_a_fork_and_an_update_beside_the_ledger_are_refused(same_pid, path):
+    parent = os.getpid()
     with Ledger(path) as ledger, ledger.open("x", seeded()) as stream:
 
         def child():
+            if same_pid:  # as in a namespace of its own
+                os.getpid = lambda: parent
             with pytest.raises(LedgerError, match="by one process"):
                 stream.update(1)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from batchery.kernels.multi_tensor import on_its_device, tl, triton
 
-__all__ = ["BLOCKS", "WORDS", "keystream", "random_words"]
+__all__ = ["BLOCKS", "WORDS", "keystream", "random_words", "refuse_capture"]
 
 WORDS = 8  # of 64 bits in a block of the cipher
 BLOCKS = 128  # of the cipher in a program: one a thread
@@ -37,9 +37,31 @@ WARPS = BLOCKS // 32
 def random_words(n: int, device: torch.device) -> Tensor:
     """Return n uniform 64-bit words, int64 `[n]`, under 32 new bytes of the system's entropy.
 
-    A captured CUDA graph would keep the key and repeat the words: never capture this.
+    Raises:
+        RuntimeError: a CUDA graph is being captured, which would keep the key and repeat the words.
     """
+    refuse_capture("random_words", device)
     return keystream(os.urandom(32), n, device)
+
+
+def refuse_capture(owner: str, device: torch.device) -> None:
+    """Raise if a CUDA graph is being captured, whose replays would repeat what is drawn once.
+
+    Args:
+        owner: whose noise it is, for the message.
+        device: whose current stream is asked; the CPU has none.
+
+    Raises:
+        RuntimeError: one is.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return
+    with torch.cuda.device(device):
+        capturing = torch.cuda.is_current_stream_capturing()
+    if capturing:
+        raise RuntimeError(
+            f"{owner}: must not be captured in a CUDA graph, which would repeat its noise"
+        )
 
 
 def keystream(

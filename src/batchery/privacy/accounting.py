@@ -67,13 +67,19 @@ def zcdp_rho(epsilon: float, delta: float) -> float:
         epsilon: ε, above 0.
         delta: δ, in (0, 1).
 
+    Raises:
+        ValueError: ε or δ is not in its range; or both are so small that no ρ is found.
+
     Example:
         >>> zcdp_epsilon(zcdp_rho(1.0, 1e-6), 1e-6) <= 1.0
         True
     """
     number("zcdp_rho", "epsilon", epsilon, above=0)
     number("zcdp_rho", "delta", delta, above=0, below=1)
-    return _largest(lambda rho: zcdp_epsilon(rho, delta) <= epsilon)
+    rho = _largest(lambda rho: zcdp_epsilon(rho, delta) <= epsilon)
+    rule = f"must be within reach of a ρ with delta={delta}"
+    require(zcdp_epsilon(rho, delta) <= epsilon, "zcdp_rho", "epsilon", rule, epsilon)
+    return rho
 
 
 def gaussian_delta(mu: float, epsilon: float) -> float:
@@ -193,7 +199,9 @@ class Budget:
         if target is not None:
             number("Budget", "target", target[0], above=0)
             number("Budget", "target", target[1], above=0, below=1)
-            fits = zcdp_epsilon(self.rho, target[1]) <= target[0]
+            # Another mathematical library may find the last digits of ε to be others: _SLACK has
+            # room for that.
+            fits = zcdp_epsilon(self.rho, target[1]) <= target[0] * (1 + 1e-12)
             require(fits, "Budget", "rho", f"must be within {target}, its (ε, δ)", self.rho)
 
     @classmethod

@@ -27,6 +27,7 @@ How the file is made and written is in `batchery.privacy.ledger_file`.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -148,7 +149,7 @@ class Ledger:
         """Read the total, or set it if the file has none."""
         found = self.file.total()
         self.total = None if found is None else _budget(found)
-        if total is None or total == self.total:
+        if total is None or (self.total is not None and _same(total, self.total)):
             return
         rule = f"must be {self.total!r}, as {self.file.path} has it"
         require(self.total is None, "Ledger", "total", rule, total)
@@ -269,6 +270,13 @@ class Ledger:
     def __repr__(self) -> str:
         """Show the file and the total."""
         return f"Ledger({str(self.file.path)!r}, total={self.total!r})"
+
+
+def _same(one: Budget, other: Budget) -> bool:
+    """Compare budgets; the ρ of an (ε, δ) only as far as mathematical libraries agree on it."""
+    if one.target is None or one.target != other.target:
+        return one == other
+    return math.isclose(one.rho, other.rho)
 
 
 def _budget(fields: Mapping[str, Any]) -> Budget:

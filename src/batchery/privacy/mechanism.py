@@ -16,12 +16,16 @@ all, the mechanism goes back to the state before; without `commit` there is no s
 shows and releases nothing more until a state is loaded: a sum that has moved on without its noise
 would give a row away.
 
+A mechanism is for one thread: an update while another one runs is refused, and so is one that a
+CUDA graph captures, whose replays would repeat the noise. Do not load a state meanwhile either.
+
 The state holds the exact sums: it is as sensitive as the data. Messages never show values of rows.
 
 A gaussian law has σ² = Δ₂² / (2ρ), a Laplace law b = Δ₁ / ε, both rounded up to few digits.
 """
 
 import math
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from fractions import Fraction
@@ -32,6 +36,7 @@ from torch import Tensor
 
 from batchery._core.state import check_fits
 from batchery._core.validate import integer, one_of, require, require_type
+from batchery.kernels.chacha import refuse_capture
 from batchery.privacy.accounting import Budget
 from batchery.privacy.law import NoiseKind
 from batchery.privacy.noise import LARGEST, DiscreteNoise, round_up
@@ -125,14 +130,14 @@ class Mechanism(ABC):
         sampler: `"discrete"` for exact integer noise, `"float"` for research.
         noise: draws the noise in place of the sampler's own; for tests.
         device: of the sums; noise is drawn there, exact noise if `DiscreteNoise` can.
-        dtype: of float sums and noise, a real floating-point one.
+        dtype: of float sums and noise: float16, bfloat16, float32 or float64.
 
     Attributes:
         t: number of releases so far.
 
     Raises:
         TypeError: the horizon is not an integer, the budget no `Budget`, or the dtype none.
-        ValueError: the horizon is below 1, the budget 0, or the dtype not one of real numbers.
+        ValueError: the horizon is below 1, the budget 0, or the dtype not one of those.
     """
 
     def __init__(
@@ -153,8 +158,9 @@ class Mechanism(ABC):
         one_of(self._owner, "sampler", sampler, get_args(Sampler))
         is_dtype = isinstance(dtype, torch.dtype)
         require_type(is_dtype, self._owner, "dtype", "must be a torch.dtype", dtype)
-        real = sampler == "discrete" or dtype.is_floating_point
-        require(real, self._owner, "dtype", "must be a real floating-point one", dtype)
+        fits = sampler == "discrete" or dtype in _REAL
+        rule = "must be float16, bfloat16, float32 or float64"
+        require(fits, self._owner, "dtype", rule, dtype)
         self.horizon = horizon
         self.budget = budget
         self.sampler = sampler
@@ -172,6 +178,16 @@ class Mechanism(ABC):
         self.t = 0
         self.redraws = 0
         self._torn = False  # a step was begun and not ended
+        self._updating = threading.Lock()
+
+    def __getstate__(self) -> State:
+        """Leave the lock out of copies."""
+        return {name: value for name, value in self.__dict__.items() if name != "_updating"}
+
+    def __setstate__(self, kept: State) -> None:
+        """Make one in its place."""
+        self.__dict__.update(kept)
+        self._updating = threading.Lock()
 
     def _spendable(self, *, gaussian: bool) -> Budget:
         """Return what releases may spend, when all of them are (or are not) Gaussian noise."""
@@ -206,7 +222,9 @@ class Mechanism(ABC):
             HorizonExceeded: there is no release left; nothing has changed.
             TypeError, ValueError: the row has another shape, or entries of a kind or value that is
                 forbidden; nothing has changed, and no message shows a value.
-            RuntimeError: an update before was broken off in its middle, and no state loaded since.
+            RuntimeError: an update before was broken off in its middle, and no state loaded since;
+                another one is running, in another thread or as the one that commits; or a CUDA
+                graph is being captured. Nothing has changed.
         """
         checked = self._checked(row, many=False)
         self._require_room(1)
@@ -231,6 +249,16 @@ class Mechanism(ABC):
 
     def _advance(self, n: int, step: Callable[[], Any], commit: Commit | None) -> Any:
         """Take `n` steps and write the state; or go back, or stop for good."""
+        refuse_capture(self._owner, self.device)
+        if not self._updating.acquire(blocking=False):
+            by = "by another thread or in its own commit"
+            raise RuntimeError(f"{self._owner}: is being updated already, {by}")
+        try:
+            return self._advance_alone(n, step, commit)
+        finally:
+            self._updating.release()
+
+    def _advance_alone(self, n: int, step: Callable[[], Any], commit: Commit | None) -> Any:
         self._require_whole()
         before = None if commit is None else self.state_dict()
         self._torn = True
@@ -427,3 +455,4 @@ class Mechanism(ABC):
 
 
 _OWN = (DiscreteNoise, FloatNoise)
+_REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

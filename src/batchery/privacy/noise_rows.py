@@ -6,13 +6,16 @@ what they are. Noise that has been drawn and not yet used is never written down,
 does not survive a fork: two runs with the same future noise would reveal what it hides. So states,
 copies and forks go on with new noise, unless a seed or a generator was given to begin with.
 
+Nothing here can see that a whole machine or process was copied from outside, by a snapshot of a
+virtual machine or by CRIU: what goes on from such a copy twice draws the same noise twice. After
+one is restored, load a state (`resume`), which begins with new noise.
+
 Use `FloatNoise` for simulation, for training, and with factorisations whose coefficients are real.
 Its guarantee is that of real numbers, which floating-point numbers do not keep (Mironov 2012; the
 order of sums matters too, Casacuberta et al. 2022), and torch's generators are not cryptographic.
 """
 
 import math
-import os
 from fractions import Fraction
 from typing import Any, Literal, Protocol
 
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 
 from batchery._core.validate import one_of, require
+from batchery.privacy.forks import process
 from batchery.privacy.law import NoiseKind
 from batchery.privacy.noise import DiscreteNoise
 from batchery.privacy.saved_state import Misfit
@@ -65,14 +69,14 @@ class FloatNoise:
         self.given = generator is not None
         self.generator = _seeded(device or "cpu") if generator is None else generator
         self.dtype = dtype
-        self._process = os.getpid()
+        self._process = process()
 
     def sample(
         self, kind: NoiseKind | Literal["gumbel"], scale: Fraction, shape: tuple[int, ...]
     ) -> Tensor:
         """Draw independent numbers of variance σ² = scale, or of Laplace or Gumbel scale b."""
         one_of("FloatNoise", "kind", kind, ("gaussian", "laplace", "gumbel"))
-        if self._process != os.getpid():
+        if self._process != process():
             self.renew()
         drawn = torch.empty(shape, dtype=self.dtype, device=self.generator.device)
         if kind == "gaussian":
@@ -87,7 +91,7 @@ class FloatNoise:
         """Seed the generator anew, unless it was given."""
         if not self.given:
             self.generator = _seeded(self.generator.device)
-        self._process = os.getpid()
+        self._process = process()
 
     def state(self) -> Tensor | None:
         """Return the state of a generator that was given; None of one seeded by the system."""
@@ -162,13 +166,13 @@ class NoiseRows:
         self._block: Tensor | None = None
         self._used = 0
         self._start: Any = None
-        self._process = os.getpid()
+        self._process = process()
 
     def take(self, n: int) -> Tensor:
         """Return the next `n` rows, [n, *shape]. They may share memory with rows not yet taken."""
         if not self._rows:
             return self._draw(n)
-        if self._process != os.getpid() and self._secret():
+        if self._process != process() and self._secret():
             self._forget()
         pieces = []
         while n:
@@ -209,7 +213,7 @@ class NoiseRows:
 
     def _forget(self) -> None:
         self._block, self._used, self._start = None, 0, None
-        self._process = os.getpid()
+        self._process = process()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave rows not yet used out of copies, unless a seed makes them known anyway."""

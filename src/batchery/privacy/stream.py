@@ -4,7 +4,6 @@
 The order of things, and what a crash does to it, is in `batchery.privacy.ledger`.
 """
 
-import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from batchery._core.validate import integer, require
+from batchery.privacy.forks import process
 from batchery.privacy.ledger_file import Entry, LedgerConflict, LedgerError, LedgerFile, Release
 from batchery.privacy.mechanism import Mechanism, State
 from batchery.privacy.saved_state import state_from_bytes, state_to_bytes
@@ -46,7 +46,7 @@ class Stream:
         self.published: int = entry.head["published"]
         self._file, self._entry, self._lock = file, entry, lock
         self._next = entry
-        self._process = os.getpid()
+        self._process = process()
         self._lost = False
 
     @property
@@ -109,7 +109,7 @@ class Stream:
     @contextmanager
     def _transaction(self, *, already: bool = False) -> Iterator[None]:
         """Hold the file and be sure of the entry, then draw and write; or do neither."""
-        if self._lost or self._process != os.getpid():
+        if self._lost or self._process != process():
             raise LedgerError(f"stream {self.name!r} must be opened again, by one process")
         if (self.mechanism.t != self.t) != already:
             moved = "not moved on" if already else "moved on by itself"
