@@ -286,7 +286,8 @@ class WSDScheduler(LRScheduler):
             >>> scheduler.start_decay(), scheduler.phase  # a tenth of the 1,000 it will end at
             (100, 'decay')
         """
-        vars(self).update(self._plan_from_here("start_decay", num_decay))
+        for name, value in self._plan_from_here("start_decay", num_decay).items():
+            setattr(self, name, value)
         return self.decay_length
 
     def fork(self, num_decay: int | float | None = None) -> dict[str, Any]:

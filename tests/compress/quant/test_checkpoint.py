@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
+from four_bits import draw
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from batchery.compress.quant import (
-    QuantizedWeight,
     QuantLinear,
     dequantize,
     load_quantized,
@@ -19,16 +19,6 @@ from batchery.compress.quant import (
     pack_gptq,
     save_quantized,
 )
-
-
-def draw(n, k, group, zeros=False, act_order=False, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    groups = k // group
-    q = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=generator)
-    scales = torch.rand(n, groups, generator=generator).mul(0.01).add(1e-3).half()
-    z = torch.randint(0, 16, (n, groups), dtype=torch.uint8, generator=generator)
-    g_idx = (torch.arange(k) // group)[torch.randperm(k, generator=generator)].int()
-    return QuantizedWeight(q, scales, z if zeros else None, g_idx if act_order else None, group)
 
 
 class Net(nn.Module):

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dist_ranks import run_on_ranks
+from four_bits import draw, inputs, train
 from torch import nn
 
-from batchery.compress.quant import QuantizedWeight, QuantLinear, dequantize, lora_for_quantized
+from batchery.compress.quant import QuantLinear, dequantize, lora_for_quantized
 from batchery.compress.quant.formats import pack_awq, pack_gptq
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -22,20 +23,6 @@ KINDS = {
     "one-group": (33, 200, 200, True, False),
     "group-32": (40, 96, 32, False, True),
 }
-
-
-def draw(n, k, group, zeros=False, act_order=False, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    groups = k // group
-    q = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=generator)
-    scales = torch.rand(n, groups, generator=generator).mul(0.01).add(1e-3).half()
-    z = torch.randint(0, 16, (n, groups), dtype=torch.uint8, generator=generator)
-    g_idx = (torch.arange(k) // group)[torch.randperm(k, generator=generator)].int()
-    return QuantizedWeight(q, scales, z if zeros else None, g_idx if act_order else None, group)
-
-
-def inputs(*shape, dtype=torch.float32, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def assert_near(found, wanted, tolerance):
@@ -378,15 +365,6 @@ def seeded_net():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Net()
-
-
-def train(model, batches, lr=0.1):
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
-    for x in batches:
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-    return model
 
 
 def _on_a_rank(rank, size):

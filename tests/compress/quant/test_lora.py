@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from four_bits import inputs, train
 from torch import nn
 
 from batchery.compress.quant import QuantizedWeight, QuantLinear, lora_for_quantized
@@ -15,19 +16,6 @@ def four_bits():
     zeros = torch.randint(0, 16, (48, 4), dtype=torch.uint8, generator=generator)
     g_idx = (torch.arange(256) // 64)[torch.randperm(256, generator=generator)].int()
     return QuantLinear.from_quantized(QuantizedWeight(q, scales, zeros, g_idx, 64), torch.ones(48))
-
-
-def inputs(*shape, dtype=torch.float32, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def train(model, batches, lr=0.1):
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
-    for x in batches:
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-    return model
 
 
 def lora_model(**settings):
