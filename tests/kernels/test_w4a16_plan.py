@@ -4,7 +4,6 @@ import pytest
 from batchery.kernels.w4a16_plan import (
     FORMS,
     INVARIANT_BATCH,
-    TILES,
     is_wide,
     plan_tiles,
     plan_wide,
@@ -19,7 +18,7 @@ def test_tiles_and_parts_fit_the_weight(rows, blocks, lanes):
         tile, split = plan_tiles(batch, rows, blocks, lanes, 132, False)
         assert rows % tile.rows == 0
         assert 1 <= split <= blocks * lanes // min(tile.step, lanes)
-        assert tile.batch >= min(batch, TILES[0][1].batch)
+        assert tile.batch >= min(batch, 128)
 
 
 def test_an_invariant_plan_splits_alike_whatever_the_batch():
@@ -29,12 +28,24 @@ def test_an_invariant_plan_splits_alike_whatever_the_batch():
     assert min(tile.batch for tile, _ in plans) == 16  # one matrix instruction for all
 
 
-def test_large_layers_and_many_rows_are_wide():
-    small, large = 4096 * 4096 // 4, 28672 * 8192 // 4
-    assert not any(is_wide(16, words) for words in (small, large))
-    assert [is_wide(32, small), is_wide(32, large)] == [False, True]
-    assert [is_wide(64, small), is_wide(64, large)] == [False, True]
-    assert all(is_wide(65, words) for words in (1, small, large))
+def test_tall_weights_and_many_rows_are_wide():
+    narrow, tall = 4096, 28672
+    assert not any(is_wide(32, rows, 132) for rows in (narrow, tall))
+    assert [is_wide(64, rows, 132) for rows in (narrow, tall)] == [False, True]
+    assert all(is_wide(65, rows, 132) for rows in (128, narrow, tall))
+
+
+def test_a_tall_weight_is_not_split_and_its_tiles_are_at_work_at_once_where_they_can():
+    for batch in (1, 16, 32, 64):
+        assert plan_tiles(batch, 28672, 16, 64, 132, False)[1] == 1
+        assert plan_tiles(batch, 4096, 16, 64, 132, False)[1] > 1
+    assert plan_tiles(1, 28672, 16, 64, 132, False) != plan_tiles(1, 57344, 32, 64, 132, False)
+
+
+def test_the_cheaper_tile_is_taken():
+    layers = (3584, 74), (5120, 108)
+    tiles = [plan_tiles(32, rows, blocks, 64, 132, False)[0] for rows, blocks in layers]
+    assert [tile.rows for tile in tiles] == [64, 128]
 
 
 @pytest.mark.parametrize("batch", [17, 64, 65, 256, 300, 4096])

@@ -183,7 +183,7 @@ def _by_kernel(
     out = x.new_empty(shape) if out is None else out.view(shape)
     rows, (_, blocks, _, lanes) = weight.rows, weight.words.shape
     processors = processors_of(x.device)
-    if not invariant and is_wide(m, weight.words.numel()) and fits(x, weight):
+    if not invariant and is_wide(m, rows, processors) and fits(x, weight):
         form, share = plan_wide(m, rows, blocks, processors)
         return launch_wide(x, weight, form, share, bias=bias, out=out)
     if m > MOST_BATCH and not invariant:

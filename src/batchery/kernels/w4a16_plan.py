@@ -2,15 +2,15 @@
 """Which four-bit kernel for which shape, with which tile, and how its work is cut among programs.
 
 The choices of `batchery.kernels.w4a16`: simple models of time, in turns of the kernels' loops,
-whose constants were fitted to sweeps on an H100 (`benchmarks/marlin_tiles.py`, `marlin_wide.py`).
-A plan is made once for each shape.
+whose constants were fitted to sweeps on an H100 and an H200 (`benchmarks/marlin_tiles.py`,
+`marlin_wide.py`). A plan is made once for each shape.
 """
 
-import math
 from functools import lru_cache
+from typing import NamedTuple
 
 from batchery.kernels.multi_tensor import triton
-from batchery.kernels.w4a16_layout import CHUNK, WIDEST
+from batchery.kernels.w4a16_layout import CHUNK
 from batchery.kernels.w4a16_tiles import Tile
 from batchery.kernels.w4a16_wide import Share, Wide
 
@@ -18,34 +18,62 @@ __all__ = ["best_split", "is_wide", "plan_tiles", "plan_wide", "stripes"]
 
 INVARIANT_BATCH = 64
 MOST_BATCH = 1024  # rows above which a dense product of dequantised weights beats the tiles
-# By rows of x, the words of W from which the wide kernels are faster: they start more slowly.
-LEAST_WIDE = ((16, math.inf), (32, 2**25), (64, 2**23))
+MOST_TILED = 64  # rows up to which tiles are faster where W is not tall
+NARROW = 32  # rows up to which tiles are faster whatever W
 
-Plan = tuple[int, Tile, int, float, float]
 
-# For batches of at most so many rows: the tile; the programs of it that a processor runs side by
-# side; and in turns of the loop, what a program loses at its ends, and what adding up costs for
-# each part of the columns. The fastest of two sweeps on an H100.
+class Price(NamedTuple):
+    """What a tile costs.
+
+    Attributes:
+        tile: how a program works.
+        held: programs of it that a processor runs side by side.
+        turn: time of a turn of its loop, against other tiles for as many rows of x.
+        lost: in turns, what a program loses at its ends.
+        added: in turns, what adding up costs for each part of the columns.
+    """
+
+    tile: Tile
+    held: int
+    turn: float = 1.0
+    lost: float = 0.0
+    added: float = 0.25
+
+
+# For batches of at most so many rows. Up to 64 rows and with 19 layers, on an H200, what is chosen
+# took 1 % longer on average than the fastest of all that was tried, and 7 % at most; above, these
+# stand in for the wide kernels where those cannot run.
 _SCALED = Tile(128, 128, step=32, warps=8, stages=3, scale_weights=True)
-TILES: tuple[Plan, ...] = (
-    (8, Tile(8, 128, stages=3), 2, 1, 0.75),
-    (16, Tile(16, 64, stages=3), 4, 2, 0.5),
-    (32, Tile(32, 128, warps=8, stages=3), 2, 1, 1),
-    (64, Tile(64, 128, step=32, warps=8, stages=3, scale_weights=True), 2, 2, 1.5),
-    (128, _SCALED, 2, 2, 2),
-    (MOST_BATCH, _SCALED, 1, 6, 2),
+PRICES: tuple[tuple[int, tuple[Price, ...]], ...] = (
+    (8, (Price(Tile(8, 128, stages=3), 2, lost=1),)),
+    (
+        16,
+        (
+            Price(Tile(16, 64, stages=3), 4),
+            Price(Tile(16, 128, stages=3), 2, turn=0.8, lost=1, added=0.35),
+        ),
+    ),
+    (
+        32,
+        (
+            Price(Tile(32, 64, stages=3), 3),
+            Price(Tile(32, 128, warps=8, stages=3), 2, added=0.5),
+        ),
+    ),
+    (64, (Price(Tile(64, 64, stages=3), 2, lost=0.5, added=1),)),
+    (128, (Price(_SCALED, 2, lost=2, added=2),)),
+    (MOST_BATCH, (Price(_SCALED, 1, lost=6, added=2),)),
 )
-# Where tiles of 128 rows of W would occupy less than three eighths of the processors.
-NARROW: tuple[Plan, ...] = (
-    *TILES[:2],
-    (32, Tile(32, 64, stages=3), 3, 8, 0.5),
-    (64, Tile(64, 64, stages=3, scale_weights=True), 2, 6, 0),
-    *TILES[4:],
+# Where W is tall its tiles are many, and columns are not split. The first of two is for a W all of
+# whose tiles are at work at once.
+TALL: tuple[tuple[int, tuple[Tile, Tile]], ...] = (
+    (8, (Tile(16, 64, stages=3), Tile(8, 64, stages=3))),
+    (16, (Tile(16, 64, stages=3), Tile(16, 64))),
+    (32, (Tile(32, 128, stages=3),) * 2),
+    (64, (Tile(64, 128, warps=8, stages=2, scale_weights=True),) * 2),
 )
-# Where tiles of 64 rows of W are more than four for each processor; where they are three or four,
-# and all at work at once, the tile of 16 rows of x does for fewer.
-TALL: tuple[Plan, ...] = ((8, Tile(8, 64, stages=3), 4, 1, 0.75), *TILES[1:])
-INVARIANT = (2, 3, 0)
+AT_ONCE = 5  # tiles of 64 rows and up to 16 rows of x that a processor holds
+INVARIANT = (2, 3, 0)  # programs held, turns lost, turns of adding up
 MOST_SPLIT = 16
 
 MOST_PARTS = 8  # that a tile is cut in evenly
@@ -60,19 +88,19 @@ FORMS = {
     Wide(128, 128, 2, 3): 1.51,
     Wide(64, 256, 3, 3): 2.09,
     Wide(64, 128, 4, 5): 1.22,
-    Wide(32, 256, 4, 4): 1.61,
 }
 
 
 @lru_cache(maxsize=4096)
-def is_wide(batch: int, words: int) -> bool:
+def is_wide(batch: int, rows: int, processors: int) -> bool:
     """Say whether the wide kernels are faster than the tiles, where they can run.
 
     Args:
         batch: rows of x.
-        words: of the weight.
+        rows: rows of W, with padding.
+        processors: of the device.
     """
-    return words >= next((least for most, least in LEAST_WIDE if batch <= most), 0)
+    return batch > MOST_TILED or (batch > NARROW and rows // CHUNK > processors)
 
 
 @lru_cache(maxsize=4096)
@@ -92,24 +120,31 @@ def plan_tiles(
         processors: of the device.
         invariant: let nothing depend on `batch` but the tile's width.
     """
-    chunks = rows // CHUNK
-    if rows // WIDEST * 8 <= processors * 3:
-        plans = NARROW
-    elif chunks < processors * 3:
-        plans = TILES
-    else:
-        plans = TALL if chunks > processors * 4 else TILES[1:]
-    _, tile, held, lost, added = next((entry for entry in plans if batch <= entry[0]), plans[-1])
+
+    def split_of(tile: Tile, batch: int, held: int, lost: float, added: float) -> tuple[float, int]:
+        tiles = rows // tile.rows * -(-batch // tile.batch)
+        steps = blocks * lanes // min(tile.step, lanes)
+        return best_split(tiles, steps, processors * held, lost, added)
+
     if invariant:
         width = max(16, min(INVARIANT_BATCH, triton.next_power_of_2(batch)))
-        tile, (held, lost, added), batch = Tile(width, 64, stages=3), INVARIANT, 1
-    tiles = rows // tile.rows * -(-batch // tile.batch)
-    steps = blocks * lanes // min(tile.step, lanes)
-    return tile, best_split(tiles, steps, processors * held, lost, added)
+        tile = Tile(width, 64, stages=3)
+        return tile, split_of(tile, 1, *INVARIANT)[1]
+    chunks = rows // CHUNK
+    if batch <= MOST_TILED and 2 * chunks > 3 * processors:
+        at_once, in_rounds = next(tiles for most, tiles in TALL if batch <= most)
+        return at_once if chunks <= AT_ONCE * processors else in_rounds, 1
+    found = {}
+    for tile, held, turn, lost, added in next(
+        (prices for most, prices in PRICES if batch <= most), PRICES[-1][1]
+    ):
+        turns, split = split_of(tile, batch, held, lost, added)
+        found[turn * turns] = tile, split
+    return found[min(found)]
 
 
-def best_split(tiles: int, steps: int, places: int, lost: float, added: float) -> int:
-    """Return the parts to split the columns in.
+def best_split(tiles: int, steps: int, places: int, lost: float, added: float) -> tuple[float, int]:
+    """Return the turns that a product takes, and the parts to split the columns in for that.
 
     Args:
         tiles: of the output.
@@ -123,7 +158,7 @@ def best_split(tiles: int, steps: int, places: int, lost: float, added: float) -
         rounds = -(-tiles * split // places)
         return rounds * (-(-steps // split) + lost) + (added * split if split > 1 else 0)
 
-    return min(range(1, min(steps, MOST_SPLIT) + 1), key=turns)
+    return min((turns(split), split) for split in range(1, min(steps, MOST_SPLIT) + 1))
 
 
 @lru_cache(maxsize=4096)

@@ -126,7 +126,7 @@ def plan(batch: int, rows: int, units: int, processors: int) -> tuple[Tile, int,
         processors: of the device.
     """
     _, tile, held, arranged = next(entry for entry in TILES if batch <= entry[0])
-    split = best_split(rows // tile.rows, units, processors * held, LOST, ADDED)
+    _, split = best_split(rows // tile.rows, units, processors * held, LOST, ADDED)
     return tile, split, arranged
 
 
