@@ -54,6 +54,23 @@ def test_the_order_of_reports_does_not_matter(mode):
     assert train(False) == train(True)
 
 
+@pytest.mark.parametrize(("size", "kinds"), [(6, {}), (1, {}), (6, {"rank": 1, "world_size": 2})])
+def test_reports_without_indices_are_those_of_the_batches_in_order(kinds, size):
+    """In mode "sample" too: losses of examples, in the order of the batch, or its mean."""
+    silent, named = (HardBatchSampler(30, size, mode="sample", **kinds) for _ in range(2))
+    for epoch in range(3):
+        batches = list(silent)  # read ahead, as a loader does
+        for turn, (one, other) in enumerate(zip(batches, named, strict=True)):
+            assert one == other
+            losses = torch.tensor([pseudo(i, 1 + epoch) for i in one])
+            losses = losses.mean() if turn % 2 else losses
+            silent.update(losses)
+            named.update(losses, other)
+        assert torch.equal(silent.scores.nan_to_num(-1), named.scores.nan_to_num(-1))
+        for sampler in (silent, named):
+            sampler.set_epoch(epoch + 1)
+
+
 def test_a_loss_that_is_not_finite_leaves_the_score_and_warns_once():
     sampler = HardBatchSampler(8, 2, 0.5, shuffle_partition=False)
     for loss, _ in zip((0.9, 0.8, 0.2, math.nan), sampler, strict=True):
@@ -120,8 +137,6 @@ def test_reports_from_a_gpu_wait_until_the_round_ends():
 def test_bad_reports_are_named():
     sampler = HardBatchSampler(8, 2, mode="sample")
     next(iter(sampler))
-    with pytest.raises(TypeError, match="HardBatchSampler: update needs indices in mode 'sample'"):
-        sampler.update(1.0)
     for index in (8, -1):
         with pytest.raises(IndexError, match=f"indices must be >= 0 and < 8, got {index}"):
             sampler.update([1.0, 2.0], [0, index])

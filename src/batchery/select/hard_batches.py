@@ -247,7 +247,7 @@ class HardBatchSampler(ResumableBatchSampler):
                 the first batch since `iter()` that has none: report every batch, in order.
 
         Raises:
-            TypeError: no indices in sample mode, or what should be numbers is not.
+            TypeError: what should be numbers is not.
             IndexError: an index is outside the data set (raised at the next round when indices
                 lie on another device than the CPU).
             ValueError: the number of losses is neither 1 nor that of the indices.
@@ -264,10 +264,8 @@ class HardBatchSampler(ResumableBatchSampler):
         given = losses.numel()
         if indices is not None:
             examples = as_indices(indices)
-            if examples.device.type == "cpu":
+            if examples.is_cpu:
                 self._hardness.check(examples)
-        elif self.mode == "sample":
-            raise TypeError(f"{owner}: update needs indices in mode 'sample'")
         elif self._reported + 1 < len(self._ends):
             start, end = self._ends[self._reported : self._reported + 2]
             examples = torch.from_numpy(self._share(self._reported))
@@ -314,12 +312,11 @@ class HardBatchSampler(ResumableBatchSampler):
         self._weights = np.ones(total, np.float32)
         if selects and self.temperature is not None:
             chosen, self._weights = selection.draw(scores, count, self.temperature, generator)
-        age = epoch - 1 - hardness.last_seen.numpy()
         if selects and self.exploration:
             chosen = selection.explore(chosen, total, self.exploration, generator)
         if selects and self.max_age:
+            age = epoch - 1 - hardness.last_seen.numpy()
             chosen = selection.force(chosen, scores, age, self.max_age)
-        self._stats = RoundStats(hardness.mean(chosen), hardness.mean(), int(age.max()))
         size, order = self._first_batch_size, self.order
         if self.mode == "batch":
             full = len(self._partition) // size
@@ -371,7 +368,9 @@ class HardBatchSampler(ResumableBatchSampler):
     def last_round(self) -> RoundStats:
         """What the selection of the round in hand looked like."""
         self._order()
-        return self._stats
+        hardness, oldest = self._hardness, int(self._hardness.last_seen.min())
+        age = self._epoch - 1 - oldest
+        return RoundStats(hardness.mean(self._selected), hardness.mean(), age)
 
     @property
     def not_finite(self) -> int:

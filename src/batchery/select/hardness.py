@@ -158,7 +158,8 @@ class Hardness:
         else:
             examples, losses = (tensor.numpy() for tensor in self.reports())
             finite = self._finite(losses, np.broadcast_to(1, len(losses)))
-            examples, losses = examples[finite], losses[finite]
+            if not finite.all():
+                examples, losses = examples[finite], losses[finite]
             alone = units_of is None and rank_and_size(process_group)[1] == 1
             if alone and not self.keep:
                 return examples, losses
@@ -246,7 +247,9 @@ class Hardness:
 
 def _joined(tensors: list[Tensor]) -> Tensor:
     """Return tensors as one, on the CPU: one transfer when all lie on one device."""
-    return torch.cat([tensor.to(tensors[0].device) for tensor in tensors]).cpu()
+    if not all(tensor.is_cpu for tensor in tensors):
+        tensors = [tensor.to(tensors[0].device) for tensor in tensors]
+    return torch.cat(tensors).cpu()
 
 
 def _latest(keys: Ints, losses: Floats, total: int) -> tuple[Ints, Floats]:
