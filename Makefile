@@ -32,10 +32,13 @@ readme: venv  ## rewrite the README's table from the cards and the stored result
 gpu-check:
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu -q -rs
 
+# timm is an oracle in tests, and no dependency: it asks for torchvision, built for CUDA.
+# Beside a CPU build of torch `import torchvision` fails, and transformers then fails with it.
 venv: $(READY)
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps timm
 	touch $@
 
 clean:
