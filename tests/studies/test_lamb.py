@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from batchery.optim import warmup_fraction
 from batchery.studies import lamb
 from batchery.studies.lab import LabSize
 from batchery.studies.lamb import SIZES, STUDY, Size, steps_to_target
@@ -41,6 +42,16 @@ def test_the_protocol_names_the_targets_and_every_window_holds_whole_batches():
     assert f"{lamb.SMOOTHED:,} samples" in STUDY.protocol
 
 
+def test_text_grows_to_the_batch_of_the_claim_with_a_fifth_of_warm_up():
+    for scale in ("cpu", "gpu"):
+        size = SIZES[scale]
+        assert size.batches[-1] == 64 * size.batches[0]
+        share = warmup_fraction(size.batches[-1], size.batches[0], size.warmup)
+        assert share == pytest.approx(1 / 5)
+        assert all(size.samples % batch == 0 for batch in size.batches)
+    assert "64 times the batch" in STUDY.claim
+
+
 def test_the_gpu_path_runs_at_toy_size(monkeypatch):
     """The Llama arms on the CPU: every metric, micro-batches included, and a run that diverges."""
     model = LabSize("toy", 16, 1, 1, 1, context=8, vocabulary=257)
@@ -71,7 +82,8 @@ def test_the_figure_writes_widths_and_marks_what_was_not_reached(lost):
     figure = pytest.importorskip("matplotlib.figure").Figure()
     tried = {"0.1": [2.5], "0.2": [2.4], "0.4": [lost]}
     size = SIZES["cpu"]
-    runs = [{"series": {"batch": size.batches, "loss": [2.1, 2.2, lost], "steps": [90, 50, 40]}}]
+    series = {"batch": size.batches, "loss": [2.0, 2.1, 2.2, lost], "steps": [300, 90, 50, 28]}
+    runs = [{"series": series}]
     wide = {"tried": tried, "width": 2.0, "width_is_whole": True}
     bounds = {"lamb": wide, "adamw": wide | {"width": 3.0, "width_is_whole": False}}
     gone = {"tried": {"0.1": [lost]}, "width": math.nan, "width_is_whole": True}
@@ -85,5 +97,5 @@ def test_the_figure_writes_widths_and_marks_what_was_not_reached(lost):
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert {"lamb (basin 2.0 ×)", "adamw (basin ≥ 3.0 ×)", "sgd"} < set(texts)
     unreached = [line.get_xydata()[0].tolist() for line in steps.lines if line.get_marker() == "x"]
-    assert unreached == [[2048, 40]] * len(STUDY.arms)
+    assert unreached == [[2048, 28]] * len(STUDY.arms)
     figure.canvas.draw()

@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import statistics
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,6 +33,7 @@ from batchery.studies.tuning import walk
 
 DECAY = 0.1  # share of the steps
 TUNING_SEED = 1_000  # apart from the seeds that are judged
+_MARKS = np.geomspace(0.05, 1.0, 8)  # of the steps: where the batch-size law is read
 
 
 class Task(Protocol):
@@ -197,40 +199,40 @@ def llama(
 class Tunnel:
     """How large the wind tunnel is at a scale."""
 
-    narrow: LabSize  # where the rate is found; `steps` of training
-    wide: LabSize  # where it must hold
-    start: float  # of the walk at the narrow width
+    widths: tuple[LabSize, ...]  # the rate is found at the first; it must hold at the others
+    start: float  # of the walk at the first width
     warmup: int
     sizes: tuple[LabSize, ...]  # of the scaling law; the last is predicted, not fitted
     budgets: tuple[int, ...]  # steps of the law's branches
     bootstrap: int = 0  # refits of the law, for its intervals
-    batches: tuple[int, ...] = ()  # examples per step, for the batch-size law
-    examples: int = 0  # that each of its runs may see
+    batches: tuple[LabSize, ...] = ()  # of the batch-size law: one model, batches that double
 
 
 def _tiny(width: int, steps: int = 0) -> LabSize:
     return llama(width, 1, batch=8, context=32, steps=steps, head=16)
 
 
-def _full(width: int, layers: int, steps: int = 0) -> LabSize:
-    return llama(width, layers, batch=64, context=256, steps=steps)
+def _full(width: int, layers: int, steps: int = 0, batch: int = 64) -> LabSize:
+    return llama(width, layers, batch=batch, context=256, steps=steps)
 
 
 TUNNELS: dict[Scale, Tunnel] = {
     "smoke": Tunnel(
-        _tiny(16, 8), _tiny(32, 8), 2**-7, 2, tuple(map(_tiny, (16, 32, 48, 64))), (4, 8, 16)
+        (_tiny(16, 8), _tiny(32, 8), _tiny(64, 8)),
+        2**-7,
+        2,
+        tuple(map(_tiny, (16, 32, 48, 64))),
+        (4, 8, 16),
     ),
     "cpu": Tunnel(
-        _tiny(16, 120),
-        _tiny(128, 120),
+        tuple(_tiny(width, 120) for width in (16, 32, 64, 128)),
         2**-7,
         10,
         tuple(map(_tiny, (16, 32, 64, 128))),
         (80, 160, 320),
     ),
     "gpu": Tunnel(
-        _full(128, 2, 150),
-        _full(1024, 2, 150),
+        tuple(_full(width, 2, 150) for width in (128, 256, 512, 1024)),
         2**-7,
         20,
         (
@@ -242,92 +244,96 @@ TUNNELS: dict[Scale, Tunnel] = {
             _full(768, 6),
         ),
         (50, 100, 160, 250, 400),
-        100,
-        (8, 16, 32, 64, 128),
-        12_288,
+        bootstrap=100,
+        # 2^21 characters each
+        batches=tuple(_full(128, 2, 8_192 // batch, batch) for batch in (2, 4, 8, 16, 32)),
     ),
 }
 
 
 def tunnel_mup(tunnel: Tunnel) -> MuP:
-    """Return the rules whose base is the narrow model: there they only make initial stds exact."""
-    width = tunnel.narrow.hidden
+    """Return the rules whose base is the first width: there they only make initial stds exact."""
+    width = tunnel.widths[0].hidden
     return MuP(width, scale_emb=1.0, scale_depth=1.0, depth=None, init_std=width**-0.5)
 
 
-def _planned(task: LlamaTask, seed: int, lr: float, warmup: int, steps: int) -> float:
-    """Train one model by WSD to its end and return its held-out loss."""
+def _walk(task: LlamaTask, seed: int, warmup: int, start: float) -> dict[str, Any]:
+    """Walk from a rate to the best one for the loss at the end of the task's `steps`, by WSD."""
+    steps = task.size.steps
 
     def schedule(optimizer: Optimizer) -> WSDScheduler:
         return WSDScheduler(optimizer, warmup, steps, DECAY, offset=1)
 
-    return Run(task, seed, lr, schedule).advance(steps).loss()
+    return walk(lambda lr: [Run(task, seed, lr, schedule).advance(steps).loss()], start)
 
 
 def prepare_tunnel(trial: Trial) -> dict[str, Any]:
-    """Find the rate at the narrow width, and fit the batch-size law where the scale has one."""
+    """Find the rate at the first width, and fit the batch-size law where the scale has one."""
     tunnel = TUNNELS[trial.scale]
-    task = LlamaTask(tunnel.narrow, trial.device)
-
-    def run(lr: float) -> list[float]:
-        return [_planned(task, TUNING_SEED, lr, tunnel.warmup, tunnel.narrow.steps)]
-
+    narrow = {"width": tunnel.widths[0].hidden}
     if trial.scale == "smoke":  # nothing is judged, so nothing is tuned
-        return {"narrow": {"lr": [tunnel.start], "cells": [0], "tried": {}}}
-    found = {"narrow": walk(run, tunnel.start)}
+        return {"narrow": {**narrow, "lr": [tunnel.start], "tried": {}}}
+    task = LlamaTask(tunnel.widths[0], trial.device)
+    found = {"narrow": {**narrow, **_walk(task, TUNING_SEED, tunnel.warmup, tunnel.start)}}
     if tunnel.batches:
         found["batch_law"] = _batch_law(tunnel, found["narrow"]["lr"][0], trial)
     return found
 
 
 def _batch_law(tunnel: Tunnel, lr: float, trial: Trial) -> dict[str, Any]:
-    """Read the held-out loss along runs of several batch sizes; the rate goes with their root."""
-    readings: list[tuple[float, float, float]] = []
-    for batch in tunnel.batches:
-        size = replace(tunnel.narrow, batch=batch)
-        rate = lr * math.sqrt(batch / tunnel.narrow.batch)
-        total = tunnel.examples // batch
-        marks = sorted({max(4, round(total * part)) for part in np.geomspace(0.1, 0.9, 7)})
-        found = stable_run(
-            LlamaTask(size, trial.device), TUNING_SEED, rate, min(20, total // 10), marks
-        )
-        for end, loss in zip(marks, found.decayed[DECAY], strict=True):
-            readings.append((loss, batch * size.context, end * batch * size.context))
-    losses, sizes, tokens = (list(column) for column in zip(*readings, strict=True))
+    """Read the held-out loss along runs of several batch sizes at one rate, and fit the law."""
+    losses: list[float] = []
+    sizes: list[float] = []
+    tokens: list[float] = []
+    for size in tunnel.batches:
+        batch = size.batch * size.context
+        marks = sorted({max(4, round(size.steps * part)) for part in _MARKS})
+        wired = (lr, min(tunnel.warmup, marks[0] // 2), marks)
+        task = LlamaTask(size, trial.device)
+        runs = [stable_run(task, TUNING_SEED + i, *wired).decayed[DECAY] for i in range(2)]
+        losses += map(statistics.fmean, zip(*runs, strict=True))
+        sizes += [float(batch)] * len(marks)
+        tokens += [float(batch * end) for end in marks]
     record: dict[str, Any] = {"losses": losses, "batch": sizes, "tokens": tokens}
     try:
-        law = fit_batch_size_law(losses, sizes, tokens)
-    except ValueError as error:  # no best batch between the smallest and the largest
+        with warnings.catch_warnings():
+            # Levels without a best batch inside are those that are missing from `best`.
+            warnings.simplefilter("ignore", UserWarning)
+            law = fit_batch_size_law(losses, sizes, tokens)
+    except ValueError as error:  # too few levels have a best batch between smallest and largest
         return record | {"exponent": None, "reason": str(error)}
-    return record | {"exponent": law.exponent, "coef": law.coef, "ci": law.ci["exponent"]}
+    fit = {"exponent": law.exponent, "coef": law.coef, "ci": law.ci["exponent"]}
+    return record | fit | {"best": [list(point) for point in law.points]}
 
 
 def transfer_arm(use_mup: bool) -> Callable[[Trial], Outcome]:
-    """Return the arm that trains the wide model at the narrow one's rate, and at its own best."""
+    """Return the arm that walks at every wider width of the row, from the first one's rate."""
 
     def run(trial: Trial) -> Outcome:
         tunnel = TUNNELS[trial.scale]
-        task = LlamaTask(tunnel.wide, trial.device, tunnel_mup(tunnel) if use_mup else None)
+        mup = tunnel_mup(tunnel) if use_mup else None
         start = trial.prepared["tunnel"]["narrow"]["lr"][0]
-        tried = 0
-
-        def carry(lr: float) -> list[float]:
-            nonlocal tried
-            trial.progress(tried, 6)
-            tried += 1
-            return [_planned(task, trial.seed, lr, tunnel.warmup, tunnel.wide.steps)]
-
-        found = walk(carry, start)
-        losses = {float(lr): losses[0] for lr, losses in found["tried"].items()}
-        carried = found["tried"][f"{start:g}"][0]
-        return Outcome(
-            {
-                "regret": carried - min(losses.values()),
-                "cells": float(abs(found["cells"][0])),
-                "loss_wide": carried,
-            },
-            {"lr": list(losses), "loss": list(losses.values())},
-        )
+        wider = tunnel.widths[1:]
+        series: dict[str, list[float]] = {name: [] for name in ("width", "lr", "loss")}
+        cells, regret, carried = [], [], []  # of each width
+        for done, size in enumerate(wider):
+            trial.progress(done, len(wider))
+            task = LlamaTask(size, trial.device, mup)
+            found = _walk(task, trial.seed, tunnel.warmup, start)
+            losses = {float(lr): losses[0] for lr, losses in found["tried"].items()}
+            series["width"] += [float(size.hidden)] * len(losses)
+            series["lr"] += losses
+            series["loss"] += losses.values()
+            cells.append(float(found["cells"][0]))
+            carried.append(found["tried"][f"{start:g}"][0])
+            regret.append(carried[-1] - min(losses.values()))
+        metrics = {
+            "regret": regret[-1],
+            "cells": abs(cells[-1]),
+            "spread": max(map(abs, cells)),
+            "loss_wide": carried[-1],
+        }
+        return Outcome(metrics, series | {"cells": cells, "regret": regret})
 
     return run
 

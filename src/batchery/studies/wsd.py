@@ -2,9 +2,9 @@
 """Does one WSD run give the losses of many cosine runs, and does a wind tunnel carry over?
 
 Three parts. Schedules: cosine trained once for each budget, beside one stable run with a decaying
-branch at each. Transfer: the learning rate found on a narrow model, used on a wide one, in muP and
-in standard parametrisation. Scaling law: the losses of a larger model, predicted from the branches
-of smaller ones. The last two are in `wind_tunnel.py`.
+branch at each. Transfer: the learning rate found on a narrow model, used along a row of wider ones,
+in muP and in standard parametrisation. Scaling law: the losses of a larger model, predicted from
+the branches of smaller ones. The last two are in `wind_tunnel.py`.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from batchery.studies.wind_tunnel import (
 )
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SHORT = 0.025  # share of the steps, of the decay that the paper found too short
@@ -189,8 +190,8 @@ def _stable_arm(kind: str) -> Callable[[Trial], Outcome]:
 
 def _draw(figure: Figure, result: dict[str, Any]) -> None:
     """Draw the schedules, the transfer and the law, from the first seed."""
-    figure.set_size_inches(12, 4)
-    schedules, transfer, law = figure.subplots(1, 3)
+    figure.set_size_inches(13, 4)
+    schedules, *transfer, law = figure.subplots(1, 4, width_ratios=(3, 2, 2, 3))
     series = {arm["name"]: arm["runs"][0]["series"] for arm in result["arms"]}
 
     stable, wsd = series["stable"], series["wsd"]
@@ -205,16 +206,12 @@ def _draw(figure: Figure, result: dict[str, Any]) -> None:
     schedules.legend()
 
     narrow = result["prepared"]["value"]["tunnel"]["narrow"]
-    tried = sorted((float(lr), losses[0]) for lr, losses in narrow["tried"].items())
-    if tried:
-        transfer.plot(*zip(*tried, strict=True), "o-", color="0.6", label="narrow")
-    for color, arm in enumerate(("mup", "sp")):
-        row = series[arm]
-        transfer.plot(row["lr"], row["loss"], "o-", color=f"C{color}", label=f"wide, {arm}")
-    transfer.axvline(narrow["lr"][0], color="0.8", zorder=0)
-    transfer.set_xscale("log", base=2)
-    transfer.set_xlabel("learning rate")
-    transfer.legend()
+    transfer[1].sharey(transfer[0])
+    for axes, arm in zip(transfer, ("sp", "mup"), strict=True):
+        _draw_transfer(axes, narrow, series[arm])
+        axes.set(title=arm, xlabel="learning rate")
+    transfer[1].tick_params(labelleft=False)
+    transfer[1].legend(fontsize="small")
 
     row = series["law"]
     sizes = sorted(set(row["N"]))
@@ -229,6 +226,24 @@ def _draw(figure: Figure, result: dict[str, Any]) -> None:
     law.set_xscale("log", base=2)
     law.set_xlabel("characters seen")
     law.legend(fontsize="small")
+
+
+def _draw_transfer(axes: Axes, narrow: dict[str, Any], row: dict[str, list[float]]) -> None:
+    """Draw loss against rate, a curve for every width, and the rate that is carried."""
+    tried = sorted((float(lr), losses[0]) for lr, losses in narrow["tried"].items())
+    if tried:
+        label = f"{narrow['width']} wide"
+        axes.plot(*zip(*tried, strict=True), "o-", color="0.6", label=label)
+    widths = list(dict.fromkeys(row["width"]))
+    for color, width in enumerate(widths):
+        tried = [
+            (lr, loss)
+            for at, lr, loss in zip(row["width"], row["lr"], row["loss"], strict=True)
+            if at == width
+        ]
+        axes.plot(*zip(*tried, strict=True), "o-", color=f"C{color}", label=f"{width:g} wide")
+    axes.axvline(narrow["lr"][0], color="0.8", zorder=0)
+    axes.set_xscale("log", base=2)
 
 
 STUDY = Study(
@@ -246,7 +261,13 @@ STUDY = Study(
         "'wsd-2.5' decays over 2.5 % of the steps, 'stable' not at all; these two share the stable "
         "run of 'wsd' and its seconds. The arms' steps count what one would train for that arm "
         "alone. Transfer: a Llama without weight decay; the rate is found at the narrow width, "
-        "then walked at the wide one; regret is what the carried rate loses against the best. "
+        "then walked from there at 2, 4 and 8 times the width. Regret, what the carried rate loses "
+        "against the best, and factors of two to the best rate are of the widest; 'most over the "
+        "widths' is the largest such distance in the row. Batch-size law (gpu): the narrow width "
+        "trained with 512 to 8,192 characters per step, five sizes that double, on 2^21 characters "
+        "each and all at the rate found; the mean loss of two seeds is read at eight ends from a "
+        "twentieth on, each a decayed branch. The best batch is thus the best at this rate; with a "
+        "rate for each, smaller ones would be. "
         "Law: sizes in muP at that rate, one branch per budget; the largest size is predicted, "
         "not fitted. The plane is log L linear in log N and log D, by least squares."
     ),
@@ -270,6 +291,7 @@ STUDY = Study(
         Metric("drop_bar", "the same, of 'stable' three times", "higher", "nats"),
         Metric("regret", "regret of the carried rate", "lower", "nats"),
         Metric("cells", "factors of two to the best rate", "lower", "", 2),
+        Metric("spread", "the same, most over the widths", "lower", "", 2),
         Metric("loss_wide", "loss at the carried rate, wide", "lower", "nats"),
         Metric("law_error", "error on the largest size", "lower", "%", 2),
     ),
