@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -41,3 +43,25 @@ def test_a_training_by_graphs_is_the_eager_one(micro_batch, monkeypatch):
     # bfloat16 products, and sums over the batch in no fixed order in the attention's backward pass
     torch.testing.assert_close(graphed, eager, rtol=2e-2, atol=2e-2)
     assert float(graphed[-1]) < 0.5 * float(graphed[0])
+
+
+@pytest.mark.gpu
+def test_a_graph_is_not_collected_while_another_is_captured():
+    model, x = nn.Linear(3, 2).cuda(), torch.randn(4, 3, device="cuda")
+    kept = [captured(model, losses, x)]
+    kept[0].itself = kept[0]  # only the collector can free it
+
+    def dropping(model, x):
+        if torch.cuda.is_current_stream_capturing():
+            kept.clear()
+            [[] for _ in range(1_000)]
+        return losses(model, x)
+
+    threshold = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        found = captured(model, dropping, x)
+    finally:
+        gc.set_threshold(*threshold)
+    assert not kept
+    torch.testing.assert_close(found(x), losses(model, x))

@@ -99,3 +99,19 @@ def test_the_figure_writes_widths_and_marks_what_was_not_reached(lost):
     unreached = [line.get_xydata()[0].tolist() for line in steps.lines if line.get_marker() == "x"]
     assert unreached == [[2048, 28]] * len(STUDY.arms)
     figure.canvas.draw()
+
+
+def test_digits_are_tuned_by_the_loss_and_judged_by_the_error(monkeypatch):
+    def trained(arm, lr, batch, seed, trial):
+        return (0.0 if lr < 0.1 else 5.0), abs(math.log2(lr / 0.5))  # errors would say less
+
+    monkeypatch.setattr(lamb, "_train_digits", trained)
+    monkeypatch.setattr(lamb, "_train_text", lambda *_: (1.0, torch.ones(1)))
+    monkeypatch.setattr(
+        lamb, "walk", lambda run, start, **_: {"lr": [0.5], "tried": {}} | {"seen": run(0.25)}
+    )
+    monkeypatch.setattr(lamb, "basin_width", lambda *_: (1.0, True))
+    chosen = STUDY.prepare(Trial(0, "cpu", CPU))
+    assert chosen["sgd-cnn"]["base"]["seen"] == [1.0]
+    outcome = STUDY.arms["sgd-cnn"](Trial(0, "cpu", CPU, chosen))
+    assert outcome.metrics == dict.fromkeys(("error_large", "error_base", "error_retuned"), 5.0)

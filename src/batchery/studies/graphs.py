@@ -5,7 +5,9 @@ A step of a small model is hundreds of kernels of a few microseconds; replaying 
 takes a fraction of the time that launching them takes. Elsewhere than on CUDA nothing changes.
 """
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import cast
 
@@ -32,6 +34,18 @@ def _compiled(losses: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(losses, dynamic=False)
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep the garbage collector away: a graph that it destroys would break the capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def captured(
     model: nn.Module, losses: Callable[..., Tensor], *examples: Tensor, fuse: bool = False
 ) -> Callable[..., Tensor]:
@@ -52,7 +66,8 @@ def captured(
         return _Bound(model, losses).train(model.training)
     bound = _Bound(model, _compiled(losses) if fuse else losses).train(model.training)
     # Weights that autocast has cast outside the graph would be stale in it.
-    with torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
+    autocast = torch.is_autocast_enabled("cuda")
+    with torch.autocast("cuda", enabled=autocast, cache_enabled=False), _uncollected():
         graphed = torch.cuda.make_graphed_callables(
             bound, tuple(x.clone() for x in examples), num_warmup_iters=_WARM_UP
         )
