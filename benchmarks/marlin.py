@@ -35,6 +35,7 @@ from batchery.kernels.w4a16_layout import dequantize_w4
 from batchery.studies.harness import environment
 
 CALLS = 12  # in a graph, at least
+REST = 0.5  # seconds before each layer: large products of the one before have lowered the clock
 PROCESSES = (("ours", "invariant"), ("cublas", "tinygemm"), ("gptq_marlin",), ("machete",))
 MOST = {"invariant": 64, "tinygemm": 64}  # rows; above, one splits batches, one takes milliseconds
 
@@ -84,6 +85,8 @@ def measure(name: str) -> dict[str, Any]:
         calls = make(n, k)
         calls *= math.ceil(CALLS / len(calls))
         row = found["us"][shape] = {}
+        torch.cuda.synchronize()
+        time.sleep(REST)
         for m in (m for m in BATCHES if m <= most):
             x = random(m, k, dtype=dtype)
             row[str(m)] = microseconds([functools.partial(call, x) for call in calls])
