@@ -491,9 +491,24 @@ def test_blocks_that_are_skipped_are_named():
         gptq_quantize_model(Skipping(Spare), [hidden()], **HOW)
 
 
-def test_the_layer_that_is_not_finite_is_named():
-    model = llama(1)
-    model.model.layers[0].mlp.up_proj.weight.data[3, 5] = torch.nan
-    rule = r"gptq_quantize_model: model.layers.0.mlp.up_proj must be finite"
-    with pytest.raises(ValueError, match=rule):
+def test_rounding_leaves_a_model_alone_whose_scales_do_not_fit_and_names_the_layer():
+    model = llama(2)
+    model.model.layers[1].mlp.down_proj.weight.data[0] = 1e9
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.down_proj: quantize_rtn: .*float16"):
+        rtn_quantize_model(model, group_size=32)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_the_layer_that_is_not_finite_is_named_before_any_work():
+    model = llama(2)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = torch.nan
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rule = "model.layers.1.mlp.up_proj must be finite"
+    with pytest.raises(ValueError, match=f"gptq_quantize_model: {rule}"):
         gptq_quantize_model(model, [ids()], **HOW)
+    with pytest.raises(ValueError, match=f"rtn_quantize_model: {rule}"):
+        rtn_quantize_model(model, group_size=32)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.nan_to_num(7.0), before[name].nan_to_num(7.0))

@@ -20,6 +20,7 @@ few tokens takes the inputs of all experts; an interrupted run goes on from its 
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -244,21 +245,22 @@ def rtn_quantize_model(
     Raises:
         TypeError: `exclude` is one string.
         ValueError: a setting that does not fit a layer or the kernels; nothing to quantise, or only
-            the smaller part of the model; stacked experts of another form.
+            the smaller part of the model; stacked experts of another form; a weight that is not
+            finite. The model is then as it was.
     """
     how: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "clip_search": clip_search}
     how["scale_dtype"] = scale_dtype
     _, targets_in = _blocks_and_targets("rtn_quantize_model", model, exclude, group_size)
-    weights: dict[str, QuantizedWeight] = {}
     names: dict[int, str] = {}
-    for found in targets_in:
-        targets = _not_yet_known(found, names)
-        quantized = {
-            target.name: quantize_rtn(target.weight, group_size=group_size, **how)
-            for target in targets
-        }
-        _exchange(targets, quantized)
-        weights |= quantized
+    new = [_not_yet_known(found, names) for found in targets_in]
+    weights: dict[str, QuantizedWeight] = {}
+    for target in itertools.chain.from_iterable(new):
+        try:
+            weights[target.name] = quantize_rtn(target.weight, group_size=group_size, **how)
+        except ValueError as error:
+            raise ValueError(f"{target.name}: {error}") from error
+    for targets, found in zip(new, targets_in, strict=True):
+        _exchange(targets, weights)
         for target in found:
             weights[target.name] = weights[names[target.weight.data_ptr()]]
     return weights
@@ -281,6 +283,8 @@ def _blocks_and_targets(
         k = target.weight.shape[1]
         size = k if group_size == -1 else group_size
         require_packable(owner, "group_size", size, k, target.name)
+        finite = bool(torch.isfinite(target.weight).all())
+        require(finite, owner, target.name, "must be finite", "NaN or infinity")
     return blocks, found
 
 
@@ -314,9 +318,6 @@ def _quantize_block(
     min_expert_tokens: int,
 ) -> Done:
     """Watch a block at work, then quantise its targets; the model is left as it is."""
-    for target in targets:  # those that share inputs are joined: later none has a name
-        finite = bool(torch.isfinite(target.weight).all())
-        require(finite, OWNER, target.name, "must be finite", "NaN or infinity")
     watch = InputWatch(targets)
     with watch:
         for call, hidden in zip(calls, states, strict=True):
