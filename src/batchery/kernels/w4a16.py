@@ -194,8 +194,8 @@ def _by_kernel(
         # An invariant split serves one tile of rows: its counters would not do for more.
         parts = list(zip(x.split(INVARIANT_BATCH), out.split(INVARIANT_BATCH), strict=True))
     for part, place in parts:
-        shape = (part.shape[0], rows, blocks, lanes)
-        tile, split = plan_tiles(*shape, processors, invariant, x.dtype)
+        sizes = (part.shape[0], rows, blocks, lanes)
+        tile, split = plan_tiles(*sizes, processors, invariant, x.dtype)
         launch_tiles(part, weight, tile, split, bias=bias, out=place)
     return out
 
