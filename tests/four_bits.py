@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of four-bit layers share: weights, inputs, a training of a few steps."""
+"""What tests of four-bit layers share: weights, inputs, a small model, a few steps of training."""
 
 import torch
 
@@ -27,3 +27,26 @@ def train(model, batches, lr=0.1):
         model(x).square().mean().backward()
         optimizer.step()
     return model
+
+
+def llama(layers=2, seed=0):
+    """Return a small Llama; its tokens are those of `ids`."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return transformers.LlamaForCausalLM(config).eval()
+
+
+def ids(rows=6, length=24, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 64, (rows, length), generator=generator)
