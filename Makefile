@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+ORACLES := $(VENV)/oracles
 
 # A folder of data files beside the checkout is used when it is there (see docs/guides/data.md).
 ifneq ($(wildcard ../shared/data),)
@@ -14,7 +15,7 @@ endif
 demo: venv  ## every system against its baseline, small, with an HTML report (<= 10 minutes)
 	$(BIN)/batchery study --all --scale smoke --report build/report
 
-test: venv lint docs  ## lint, types, site and the whole test suite
+test: venv $(ORACLES) lint docs  ## lint, types, site and the whole test suite
 	$(BIN)/python -m pytest -m "not gpu" -q --durations=10
 
 lint: venv
@@ -32,13 +33,17 @@ readme: venv  ## rewrite the README's table from the cards and the stored result
 gpu-check:
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu -q -rs
 
-# timm is an oracle in tests, and no dependency: it asks for torchvision, built for CUDA.
-# Beside a CPU build of torch `import torchvision` fails, and transformers then fails with it.
 venv: $(READY)
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps timm
+	touch $@
+
+# timm is an oracle in tests, and no dependency: it depends on torchvision, whose wheels are built
+# for CUDA and fail beside a CPU build of torch. In a folder of its own nothing else finds it.
+$(ORACLES): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade \
+		--target $@ timm
 	touch $@
 
 clean:

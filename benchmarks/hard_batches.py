@@ -48,8 +48,8 @@ def samplers(batch: int) -> dict[str, Iterable[list[int]]]:
         "WeightedRandomSampler": BatchSampler(weighted, batch, drop_last=True),
         "ResumableBatchSampler": ResumableBatchSampler(EXAMPLES, batch, drop_last=True),
         "HardBatchSampler, batches": HardBatchSampler(EXAMPLES, batch, 0.5),
+        "examples, in order": HardBatchSampler(EXAMPLES, batch, 0.5, mode="sample"),
         "HardBatchSampler, examples": HardBatchSampler(EXAMPLES, batch, 0.5, mode="sample"),
-        "examples, by their indices": HardBatchSampler(EXAMPLES, batch, 0.5, mode="sample"),
     }
 
 
@@ -63,8 +63,8 @@ def per_batch(batch: int, device: torch.device) -> dict[str, Any]:
 
         report: Callable[[list[int]], None] = {
             "HardBatchSampler, batches": lambda indices, to=sampler: to.update(loss),
-            "HardBatchSampler, examples": lambda indices, to=sampler: to.update(losses),
-            "examples, by their indices": lambda indices, to=sampler: to.update(losses, indices),
+            "examples, in order": lambda indices, to=sampler: to.update(losses),
+            "HardBatchSampler, examples": lambda indices, to=sampler: to.update(losses, indices),
         }.get(name, lambda indices: None)
 
         def draw(

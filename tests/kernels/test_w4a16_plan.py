@@ -12,11 +12,12 @@ from batchery.kernels.w4a16_plan import (
 )
 
 
-@pytest.mark.parametrize("rows", [128, 1024, 4096, 57344])
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [128, 1024, 4096, 8192, 10240, 28672, 57344])
 @pytest.mark.parametrize(("blocks", "lanes"), [(1, 64), (16, 64), (112, 64), (16, 32)])
-def test_tiles_and_parts_fit_the_weight(rows, blocks, lanes):
+def test_tiles_and_parts_fit_the_weight(rows, blocks, lanes, dtype):
     for batch in (1, 16, 17, 64, 128, 129, 1024):
-        tile, split = plan_tiles(batch, rows, blocks, lanes, 132, False, torch.half)
+        tile, split = plan_tiles(batch, rows, blocks, lanes, 132, False, dtype)
         assert rows % tile.rows == 0
         assert 1 <= split <= blocks * lanes // min(tile.step, lanes)
         assert tile.batch >= min(batch, 128)

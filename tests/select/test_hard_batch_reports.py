@@ -66,9 +66,19 @@ def test_reports_without_indices_are_those_of_the_batches_in_order(kinds, size):
             losses = losses.mean() if turn % 2 else losses
             silent.update(losses)
             named.update(losses, other)
+        iter(silent), iter(named)  # scores are made at the start of a round
         assert torch.equal(silent.scores.nan_to_num(-1), named.scores.nan_to_num(-1))
-        for sampler in (silent, named):
-            sampler.set_epoch(epoch + 1)
+        assert silent.scores.isfinite().any()
+
+
+def test_a_report_that_is_refused_takes_no_turn():
+    sampler = HardBatchSampler(12, 4, mode="sample")
+    batch = next(iter(sampler))
+    with pytest.raises(ValueError, match="loss must be 1 number or 4, got 3"):
+        sampler.update(torch.ones(3))
+    sampler.update(torch.arange(4.0))
+    sampler.set_epoch(1)
+    assert sampler.scores[batch].tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_a_loss_that_is_not_finite_leaves_the_score_and_warns_once():

@@ -43,9 +43,9 @@ class Price(NamedTuple):
 
 
 # For batches of at most so many rows. Up to 64 rows and with 19 layers, on an H200, what is chosen
-# took 1 % longer on average than the fastest of all that was tried, and 7 % at most (bfloat16: 10,
-# but 4 on average and up to 23 at 64 rows); above, these stand in for the wide kernels where those
-# cannot run.
+# took 1 % longer on average than the fastest of all that was tried, and 7 % at most in float16; in
+# bfloat16 10 % at most, but at 64 rows 4 % on average and 23 % at most. Above, these stand in for
+# the wide kernels where those cannot run.
 _SCALED = Tile(128, 128, step=32, warps=8, stages=3, scale_weights=True)
 PRICES: tuple[tuple[int, tuple[Price, ...]], ...] = (
     (8, (Price(Tile(8, 128, stages=3), 2, lost=1),)),

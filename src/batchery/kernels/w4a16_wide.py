@@ -2,7 +2,7 @@
 """Four-bit weights times many rows on Hopper: programs whose warps have different trades.
 
 When to use: more than some 64 rows of x, where the matrix units and not memory are the limit, and
-large layers from 17 rows on. When not: fewer rows (`w4a16_tiles` reads W faster); other processors
+tall weights from 33 rows on. When not: fewer rows (`w4a16_tiles` reads W faster); other processors
 than sm_90; x whose rows are not aligned to 16 bytes. `fits` says.
 
     yᵀ[N, M] = Σ_i w_i · x_iᵀ     over slices of J columns: one nibble of a block of words

@@ -244,7 +244,8 @@ class HardBatchSampler(ResumableBatchSampler):
             loss: mean loss of this rank's share of a batch (a number or a tensor of one element),
                 or a loss for each of its examples (`[n]`), of any floating dtype, on any device.
             indices: the examples' indices in the data set (`[n]`). Without them the report is on
-                the first batch since `iter()` that has none: report every batch, in order.
+                the first batch since `iter()` that has none: report every batch, in order. Give them
+                where batches reach this process in another order, or not all of them.
 
         Raises:
             TypeError: what should be numbers is not.
@@ -271,11 +272,11 @@ class HardBatchSampler(ResumableBatchSampler):
             examples = torch.from_numpy(self._share(self._reported))
             if given == 1 and end - start <= self._unit_size:  # else a short batch has joined it
                 unit = int(self._selected[start // self._unit_size])
-            self._reported += 1
         else:
             raise RuntimeError(f"{owner}: update came for a batch that was not yielded yet")
         wanted = examples.numel()
         require(given in (1, wanted), owner, "loss", f"must be 1 number or {wanted}", given)
+        self._reported += indices is None
         self._hardness.report(examples, losses, unit)
 
     def _end_pass(self) -> None:

@@ -266,8 +266,7 @@ STUDY = Study(
         "widths' is the largest such distance in the row. Batch-size law (gpu): the narrow width "
         "trained with 512 to 8,192 characters per step, five sizes that double, on 2^21 characters "
         "each and all at the rate found; the mean loss of two seeds is read at eight ends from a "
-        "twentieth on, each a decayed branch. The best batch is thus the best at this rate; with a "
-        "rate for each, smaller ones would be. "
+        "twentieth on, each a decayed branch. The best batch is thus the best at this rate. "
         "Law: sizes in muP at that rate, one branch per budget; the largest size is predicted, "
         "not fitted. The plane is log L linear in log N and log D, by least squares."
     ),

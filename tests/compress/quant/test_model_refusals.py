@@ -32,6 +32,29 @@ def test_groups_that_the_kernels_do_not_take_are_refused_before_anything_is_done
     assert {qw.group_size for qw in rtn_quantize_model(model, group_size=-1).values()} == {64, 96}
 
 
+@pytest.mark.parametrize(
+    ("kinds", "rule"), [({"bits": 3}, "bits"), ({"scale_dtype": torch.int8}, "scale_dtype")]
+)
+def test_settings_are_refused_before_layers_are_named(kinds, rule):
+    with pytest.raises(ValueError, match=f"rtn_quantize_model: {rule} must be one of"):
+        rtn_quantize_model(llama(1), group_size=32, **kinds)
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        (lambda weight: weight.to("meta"), "must be in memory, got 'a meta tensor'"),
+        (lambda weight: weight.to(torch.float8_e4m3fn), "must be floating, of 16 bits or more"),
+    ],
+)
+def test_weights_that_cannot_be_read_are_named(change, rule):
+    model = llama(1)
+    linear = model.model.layers[0].mlp.gate_proj
+    linear.weight = torch.nn.Parameter(change(linear.weight.detach()), requires_grad=False)
+    with pytest.raises(ValueError, match=f"model.layers.0.mlp.gate_proj {rule}"):
+        rtn_quantize_model(model, group_size=32)
+
+
 def test_rounding_leaves_a_model_alone_whose_scales_do_not_fit_and_names_the_layer():
     model = llama(2)
     model.model.layers[1].mlp.down_proj.weight.data[0] = 1e9

@@ -47,7 +47,7 @@ from batchery.compress.quant.calibration import (
 )
 from batchery.compress.quant.gptq import GPTQ, check_settings
 from batchery.compress.quant.kept_blocks import Done, KeptBlocks, LayerReport, model_digests
-from batchery.compress.quant.rtn import quantize_rtn
+from batchery.compress.quant.rtn import SCALE_DTYPES, quantize_rtn
 from batchery.compress.quant.sparse import prune_quantize_24, quantize_rtn_24
 from batchery.compress.quant.weight import QuantizedWeight, dequantize, require_packable
 
@@ -130,10 +130,11 @@ def gptq_quantize_model(
     Raises:
         TypeError: calibration is one batch or holds lists; `exclude` is one string.
         ValueError: a setting that does not fit a layer or the kernels; no tokens, or none that
-            reach some layer; a mask that does not fit; inputs that are not finite; nothing to
-            quantise, or only the smaller part of the model; stacked experts of another form; a
-            folder of another model, data or settings, or damaged; a layer that computes otherwise
-            than by `torch.nn.functional.linear` or `x @ weight.T`.
+            reach some layer; a mask that does not fit; inputs or weights that are not finite, or
+            weights on the meta device; nothing to quantise, or only the smaller part of the model;
+            stacked experts of another form; a folder of another model, data or settings, or
+            damaged; a layer that computes otherwise than by `torch.nn.functional.linear` or
+            `x @ weight.T`.
         RuntimeError: the model does not call its blocks one after another, calls them again, or
             changes hidden states between them.
 
@@ -246,8 +247,10 @@ def rtn_quantize_model(
         TypeError: `exclude` is one string.
         ValueError: a setting that does not fit a layer or the kernels; nothing to quantise, or only
             the smaller part of the model; stacked experts of another form; a weight that is not
-            finite. The model is then as it was.
+            finite, or on the meta device. The model is then as it was.
     """
+    one_of("rtn_quantize_model", "bits", bits, (4,))
+    one_of("rtn_quantize_model", "scale_dtype", scale_dtype, SCALE_DTYPES)
     how: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "clip_search": clip_search}
     how["scale_dtype"] = scale_dtype
     _, targets_in = _blocks_and_targets("rtn_quantize_model", model, exclude, group_size)
@@ -283,7 +286,11 @@ def _blocks_and_targets(
         k = target.weight.shape[1]
         size = k if group_size == -1 else group_size
         require_packable(owner, "group_size", size, k, target.name)
-        finite = bool(torch.isfinite(target.weight).all())
+        weight = target.weight
+        require(not weight.is_meta, owner, target.name, "must be in memory", "a meta tensor")
+        wide = weight.is_floating_point() and weight.itemsize > 1
+        require(wide, owner, target.name, "must be floating, of 16 bits or more", weight.dtype)
+        finite = bool(torch.isfinite(weight).all())
         require(finite, owner, target.name, "must be finite", "NaN or infinity")
     return blocks, found
 
