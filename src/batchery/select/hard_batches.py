@@ -244,8 +244,8 @@ class HardBatchSampler(ResumableBatchSampler):
             loss: mean loss of this rank's share of a batch (a number or a tensor of one element),
                 or a loss for each of its examples (`[n]`), of any floating dtype, on any device.
             indices: the examples' indices in the data set (`[n]`). Without them the report is on
-                the first batch since `iter()` that has none: report every batch, in order. Give them
-                where batches reach this process in another order, or not all of them.
+                the first batch since `iter()` that has none: report every batch, in order. They are
+                needed where batches come in another order, or not all to this process.
 
         Raises:
             TypeError: what should be numbers is not.
