@@ -368,6 +368,7 @@ STUDY = Study(
         Comparison("encoder-gptq-128", "encoder-rtn-128", "neighbours", claim=False),
     ),
     seeds={"smoke": 1, "cpu": 3, "gpu": 3},
+    threads=2,
     data=dict.fromkeys(SCALES, ("stdlib-text",)),
     prepare=_prepare,
     left_out=_left_out,
