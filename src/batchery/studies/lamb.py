@@ -27,7 +27,7 @@ from batchery import datasets
 from batchery._core.random import initial_weights, new_generator
 from batchery.optim import LAMB, LARS, layer_adaptation_groups, scale_lr, warmup_fraction
 from batchery.studies import char, lab
-from batchery.studies.char import CharPerceptron, char_text, windows
+from batchery.studies.char import CharPerceptron, char_loss, char_text, windows
 from batchery.studies.lab import LabSize
 from batchery.studies.study import SCALES, Comparison, Metric, Outcome, Scale, Study, Trial
 from batchery.studies.tuning import basin_width, walk
@@ -153,11 +153,9 @@ def _train_text(arm: str, lr: float, batch: int, seed: int, trial: Trial) -> tup
         optimizer, schedule = wire(perceptron)
         generator = new_generator(seed, "order")
         examples = windows(char_text()[0], steps * batch, perceptron.context, generator)
-        contexts = examples[:, :-1].reshape(steps, batch, -1)
-        targets = examples[:, -1].reshape(steps, batch)
         found = []
-        for x, y in zip(contexts.unbind(), targets.unbind(), strict=True):
-            loss = F.cross_entropy(perceptron(x), y)
+        for picked in torch.split(examples, batch):
+            loss = char_loss(perceptron, picked)
             found.append(loss.detach())
             perceptron.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -236,7 +234,7 @@ def _prepare(trial: Trial) -> dict[str, Any]:
         rule: Literal["linear", "sqrt"] = "linear" if digits else "sqrt"
 
         def run(lr: float, batch: int, arm: str = arm, digits: bool = digits) -> list[float]:
-            if digits:  # by the loss: errors tie on a single image
+            if digits:  # by the loss: errors come in steps of one image, and tie
                 return [_train_digits(arm, lr, batch, TUNING_SEED, trial)[1]]
             return [_train_text(arm, lr, batch, TUNING_SEED, trial)[0]]
 
