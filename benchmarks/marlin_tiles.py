@@ -110,7 +110,7 @@ def sweep(shape: str, works: set[tuple[int, Tile]]) -> list[dict[str, Any]]:
         def timed(tile: Tile, split: int, x: Any = x) -> float:
             return microseconds([functools.partial(launch, x, w, tile, split) for w in weights])
 
-        tile, split = plan_tiles(m, first.rows, blocks, lanes, processors, False, x.dtype)
+        tile, split = plan_tiles(m, first.rows, blocks, lanes, processors, False)
         swept = []
         for other in candidates(m):
             if (trial_batch(m, other), other) not in works:

@@ -133,9 +133,7 @@ def _w4a16(variant, device):
         if x.is_cuda:
             return w4a16_matmul(x, packed, impl="triton")
         _, blocks, _, lanes = packed.words.shape
-        return launch(
-            x, packed, *plan_tiles(len(x), packed.rows, blocks, lanes, 132, False, x.dtype)
-        )
+        return launch(x, packed, *plan_tiles(len(x), packed.rows, blocks, lanes, 132, False))
 
     def wanted(x):
         y = x.double() @ exact.T

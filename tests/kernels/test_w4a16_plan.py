@@ -1,69 +1,66 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
-import torch
 
 from batchery.kernels.w4a16_plan import (
     FORMS,
     INVARIANT_BATCH,
-    is_wide,
+    kernel_of,
+    plan_narrow,
     plan_tiles,
     plan_wide,
     stripes,
 )
 
+LOW, TALL = 4096, 28672  # rows of W
 
-@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16], ids=str)
+
 @pytest.mark.parametrize("rows", [128, 1024, 4096, 8192, 10240, 28672, 57344])
 @pytest.mark.parametrize(("blocks", "lanes"), [(1, 64), (16, 64), (112, 64), (16, 32)])
-def test_tiles_and_parts_fit_the_weight(rows, blocks, lanes, dtype):
+def test_tiles_and_parts_fit_the_weight(rows, blocks, lanes):
     for batch in (1, 16, 17, 64, 128, 129, 1024):
-        tile, split = plan_tiles(batch, rows, blocks, lanes, 132, False, dtype)
+        tile, split = plan_tiles(batch, rows, blocks, lanes, 132, False)
         assert rows % tile.rows == 0
         assert 1 <= split <= blocks * lanes // min(tile.step, lanes)
         assert tile.batch >= min(batch, 128)
 
 
+@pytest.mark.parametrize("rows", [128, 1024, 4096, 8192, 10240, 28672, 57344])
+@pytest.mark.parametrize("blocks", [1, 2, 16, 112])
+def test_narrow_forms_and_parts_fit_the_weight(rows, blocks):
+    for batch in (9, 16, 17, 32, 33, 64):
+        form, split = plan_narrow(batch, rows, blocks, 132)
+        assert rows % form.rows == 0
+        assert 1 <= split <= blocks
+        assert form.batch >= min(batch, 32)
+
+
 def test_an_invariant_plan_splits_alike_whatever_the_batch():
-    plans = [
-        plan_tiles(batch, 4096, 32, 64, 132, True, torch.half)
-        for batch in range(1, INVARIANT_BATCH + 1)
-    ]
+    plans = [plan_tiles(batch, 4096, 32, 64, 132, True) for batch in range(1, INVARIANT_BATCH + 1)]
     assert len({(tile.rows, tile.step, tile.scale_weights, split) for tile, split in plans}) == 1
     assert plans[0][1] > 1
     assert min(tile.batch for tile, _ in plans) == 16  # one matrix instruction for all
 
 
-def test_tall_weights_and_many_rows_are_wide():
-    narrow, tall = 4096, 28672
-    assert not any(is_wide(32, rows, 132) for rows in (narrow, tall))
-    assert [is_wide(64, rows, 132) for rows in (narrow, tall)] == [False, True]
-    assert all(is_wide(65, rows, 132) for rows in (128, narrow, tall))
+@pytest.mark.parametrize(("rows", "last"), [(LOW, (8, 64)), (TALL, (16, 32))])
+def test_kernels_follow_one_another_as_rows_of_x_grow(rows, last):
+    batches = [last[0], last[0] + 1, last[1], last[1] + 1]
+    wanted = ["tiles", "narrow", "narrow", "wide"]
+    assert [kernel_of(batch, rows, 132) for batch in batches] == wanted
 
 
 def test_a_tall_weight_is_not_split_and_its_tiles_are_at_work_at_once_where_they_can():
     for batch in (1, 16, 32, 64):
-        assert plan_tiles(batch, 28672, 16, 64, 132, False, torch.half)[1] == 1
-        assert plan_tiles(batch, 4096, 16, 64, 132, False, torch.half)[1] > 1
-    assert plan_tiles(1, 28672, 16, 64, 132, False, torch.half) != plan_tiles(
-        1, 57344, 32, 64, 132, False, torch.half
-    )
+        assert plan_tiles(batch, TALL, 16, 64, 132, False)[1] == 1
+        assert plan_tiles(batch, LOW, 16, 64, 132, False)[1] > 1
+    assert plan_tiles(1, TALL, 16, 64, 132, False) != plan_tiles(1, 57344, 32, 64, 132, False)
 
 
-def test_warps_are_those_that_the_assembler_orders_well():
-    def warps(rows, dtype):
-        tile, _ = plan_tiles(32, rows, 112, 64, 132, False, dtype)
-        assert (tile.rows, tile.batch) == (128, 32)
-        return tile.warps
-
-    split, whole = 8192, 57344
-    assert [warps(rows, torch.half) for rows in (split, whole)] == [8, 4]
-    assert [warps(rows, torch.bfloat16) for rows in (split, whole)] == [4, 8]
-
-
-def test_the_cheaper_tile_is_taken():
-    layers = (3584, 74), (5120, 108)
-    tiles = [plan_tiles(32, rows, blocks, 64, 132, False, torch.half)[0] for rows, blocks in layers]
+def test_the_cheaper_form_is_taken():
+    layers = (3584, 74), (8192, 112)
+    tiles = [plan_tiles(32, rows, blocks, 64, 132, False)[0] for rows, blocks in layers]
     assert [tile.rows for tile in tiles] == [64, 128]
+    narrow = [plan_narrow(32, rows, blocks, 132)[0] for rows, blocks in layers]
+    assert [form.rows for form in narrow] == [64, 128]
 
 
 @pytest.mark.parametrize("batch", [17, 64, 65, 256, 300, 4096])

@@ -8,12 +8,14 @@ training (no gradient reaches W); long prompts gain memory, not time.
     yᵀ[N, M] = Σ_g s[:, g] · ((q - z)[:, g] · x[:, g]ᵀ)        over groups g of G columns
 
 The weight is the left operand: it goes from 4 bits to 16 in registers, and the batch is the short
-side of the matrix instruction. Up to 32 rows the scales multiply each group's sums in float32, so
-the instruction sees exact small integers; above, they multiply the weights. The columns of an
+side of the matrix instruction. For few rows the scales multiply each group's sums in float32, so
+the instruction sees exact small integers; for many they multiply the weights. The columns of an
 output tile may be split among programs: their float32 sums lie in memory, and the program that
 comes last adds them in order. No float atomics: the same bits in every run. With `batch_invariant`
-a row's result does not depend on how many other rows there are. Many rows on Hopper have a kernel
-of their own, `w4a16_wide`; `w4a16_plan` chooses.
+a row's result does not depend on how many other rows there are.
+
+`w4a16_tiles` is for every device; on Hopper it takes the fewest rows, and leaves more of them to
+`w4a16_narrow` and `w4a16_wide`. `w4a16_plan` chooses.
 
 Reference: Frantar et al., MARLIN, arXiv 2408.11743 (2024). Theirs adds split sums in 16 bits, in an
 order that follows the number of processors, and shuffles weights into fragments by hand.
@@ -29,7 +31,15 @@ from torch import Tensor
 from batchery._core.validate import one_of, require
 from batchery.kernels.multi_tensor import processors_of, triton
 from batchery.kernels.w4a16_layout import PackedW4, dequantized_slices, weave
-from batchery.kernels.w4a16_plan import INVARIANT_BATCH, MOST_BATCH, is_wide, plan_tiles, plan_wide
+from batchery.kernels.w4a16_narrow import launch as launch_narrow
+from batchery.kernels.w4a16_plan import (
+    INVARIANT_BATCH,
+    MOST_BATCH,
+    kernel_of,
+    plan_narrow,
+    plan_tiles,
+    plan_wide,
+)
 from batchery.kernels.w4a16_tiles import dequantize_tiles
 from batchery.kernels.w4a16_tiles import launch as launch_tiles
 from batchery.kernels.w4a16_wide import fits
@@ -183,9 +193,13 @@ def _by_kernel(
     out = x.new_empty(shape) if out is None else out.view(shape)
     rows, (_, blocks, _, lanes) = weight.rows, weight.words.shape
     processors = processors_of(x.device)
-    if not invariant and is_wide(m, rows, processors) and fits(x, weight):
-        form, share = plan_wide(m, rows, blocks, processors)
-        return launch_wide(x, weight, form, share, bias=bias, out=out)
+    kernel = "tiles" if invariant else kernel_of(m, rows, processors)
+    if kernel != "tiles" and fits(x, weight):
+        if kernel == "narrow":
+            narrow, split = plan_narrow(m, rows, blocks, processors)
+            return launch_narrow(x, weight, narrow, split, bias=bias, out=out)
+        wide, share = plan_wide(m, rows, blocks, processors)
+        return launch_wide(x, weight, wide, share, bias=bias, out=out)
     if m > MOST_BATCH and not invariant:
         y = F.linear(x, dequantize_tiles(weight, x.dtype), bias)
         return out.copy_(_join(y)) if weight.gated else out.copy_(y)
@@ -194,8 +208,7 @@ def _by_kernel(
         # An invariant split serves one tile of rows: its counters would not do for more.
         parts = list(zip(x.split(INVARIANT_BATCH), out.split(INVARIANT_BATCH), strict=True))
     for part, place in parts:
-        sizes = (part.shape[0], rows, blocks, lanes)
-        tile, split = plan_tiles(*sizes, processors, invariant, x.dtype)
+        tile, split = plan_tiles(part.shape[0], rows, blocks, lanes, processors, invariant)
         launch_tiles(part, weight, tile, split, bias=bias, out=place)
     return out
 

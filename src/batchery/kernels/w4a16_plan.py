@@ -1,71 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which four-bit kernel for which shape, with which tile, and how its work is cut among programs.
+"""Which four-bit kernel for which shape, with which form, and how its work is cut among programs.
 
 The choices of `batchery.kernels.w4a16`: simple models of time, in turns of the kernels' loops,
 whose constants were fitted to sweeps on an H100 and an H200 (`benchmarks/marlin_tiles.py`,
-`marlin_wide.py`). A plan is made once for each shape.
+`marlin_gluon.py`). A plan is made once for each shape.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
-
-import torch
+from typing import Literal, NamedTuple, TypeVar
 
 from batchery.kernels.multi_tensor import triton
 from batchery.kernels.w4a16_layout import CHUNK
+from batchery.kernels.w4a16_narrow import Narrow
 from batchery.kernels.w4a16_tiles import Tile
 from batchery.kernels.w4a16_wide import Share, Wide
 
-__all__ = ["best_split", "is_wide", "plan_tiles", "plan_wide", "stripes"]
+__all__ = ["best_split", "kernel_of", "plan_narrow", "plan_tiles", "plan_wide", "stripes"]
 
 INVARIANT_BATCH = 64
 MOST_BATCH = 1024  # rows above which a dense product of dequantised weights beats the tiles
-MOST_TILED = 64  # rows up to which tiles are faster where W is not tall
-NARROW = 32  # rows up to which tiles are faster whatever W
+
+Form = TypeVar("Form", Tile, Narrow)
 
 
 class Price(NamedTuple):
-    """What a tile costs.
+    """What a form of a kernel costs.
 
     Attributes:
-        tile: how a program works.
         held: programs of it that a processor runs side by side.
-        turn: time of a turn of its loop, against other tiles for as many rows of x.
+        turn: time of a turn of its loop, against other forms for as many rows of x.
         lost: in turns, what a program loses at its ends.
         added: in turns, what adding up costs for each part of the columns.
     """
 
-    tile: Tile
     held: int
     turn: float = 1.0
     lost: float = 0.0
     added: float = 0.25
 
 
-# For batches of at most so many rows. Up to 64 rows and with 19 layers, on an H200, what is chosen
-# took 1 % longer on average than the fastest of all that was tried, and 7 % at most in float16; in
-# bfloat16 10 % at most, but at 64 rows 4 % on average and 23 % at most. Above, these stand in for
-# the wide kernels where those cannot run.
+# For batches of at most so many rows. With 19 layers on an H200 and up to 8 rows, what is chosen
+# took 1 % longer on average than the fastest of all that was tried. Above, these stand in for the
+# other kernels where those cannot run.
 _SCALED = Tile(128, 128, step=32, warps=8, stages=3, scale_weights=True)
-PRICES: tuple[tuple[int, tuple[Price, ...]], ...] = (
-    (8, (Price(Tile(8, 128, stages=3), 2, lost=1),)),
+TILES: tuple[tuple[int, dict[Tile, Price]], ...] = (
+    (8, {Tile(8, 128, stages=3): Price(2, lost=1)}),
     (
         16,
-        (
-            Price(Tile(16, 64, stages=3), 4),
-            Price(Tile(16, 128, stages=3), 2, turn=0.8, lost=1, added=0.35),
-        ),
+        {
+            Tile(16, 64, stages=3): Price(4),
+            Tile(16, 128, stages=3): Price(2, turn=0.8, lost=1, added=0.35),
+        },
     ),
-    (
-        32,
-        (
-            Price(Tile(32, 64, stages=3), 3),
-            Price(Tile(32, 128, stages=3), 2, added=0.5),  # see `_well_ordered`
-        ),
-    ),
-    (64, (Price(Tile(64, 64, stages=3), 2, lost=0.5, added=1),)),
-    (128, (Price(_SCALED, 2, lost=2, added=2),)),
-    (MOST_BATCH, (Price(_SCALED, 1, lost=6, added=2),)),
+    (32, {Tile(32, 64, stages=3): Price(3), Tile(32, 128, stages=3): Price(2, added=0.5)}),
+    (64, {Tile(64, 64, stages=3): Price(2, lost=0.5, added=1)}),
+    (128, {_SCALED: Price(2, lost=2, added=2)}),
+    (MOST_BATCH, {_SCALED: Price(1, lost=6, added=2)}),
 )
 # Where W is tall its tiles are many, and columns are not split. The first of two is for a W all of
 # whose tiles are at work at once.
@@ -78,6 +69,33 @@ TALL: tuple[tuple[int, tuple[Tile, Tile]], ...] = (
 AT_ONCE = 5  # tiles of 64 rows and up to 16 rows of x that a processor holds
 INVARIANT = (2, 3, 0)  # programs held, turns lost, turns of adding up
 MOST_SPLIT = 16
+
+# The same for the kernel of few rows. With 19 layers, float16 and bfloat16, on an H200, what is
+# chosen took 1 to 2 % longer on average than the fastest of all that was tried, 12 % at most.
+NARROW: tuple[tuple[int, dict[Narrow, Price]], ...] = (
+    (
+        16,
+        {
+            Narrow(16, 64, 3, 128): Price(3, 0.9, lost=2.5, added=0.35),
+            Narrow(16, 128, 3, 168): Price(2, 0.7, lost=6, added=2.25),
+        },
+    ),
+    (
+        32,
+        {
+            Narrow(32, 64, 3, 168): Price(2, 0.7, lost=4, added=0.4),
+            Narrow(32, 128, 3, 255): Price(2, 1.15, lost=5.5),
+        },
+    ),
+    (
+        64,
+        {
+            Narrow(64, 64, 2, 255): Price(2, 1.25, lost=2.5, added=0.4),
+            Narrow(64, 128, 2, 255): Price(2, 1.3, lost=6.5, added=2),
+            Narrow(32, 64, 3, 168): Price(3, 1.4, lost=0.5, added=0.55),
+        },
+    ),
+)
 
 MOST_PARTS = 8  # that a tile is cut in evenly
 # In turns of the loop: what a tile loses at its ends, what adding up costs for each part of a tile,
@@ -95,26 +113,23 @@ FORMS = {
 
 
 @lru_cache(maxsize=4096)
-def is_wide(batch: int, rows: int, processors: int) -> bool:
-    """Say whether the wide kernels are faster than the tiles, where they can run.
+def kernel_of(batch: int, rows: int, processors: int) -> Literal["tiles", "narrow", "wide"]:
+    """Choose the kernel, where all can run: of `w4a16_tiles`, `w4a16_narrow` or `w4a16_wide`.
 
     Args:
         batch: rows of x.
         rows: rows of W, with padding.
         processors: of the device.
     """
-    return batch > MOST_TILED or (batch > NARROW and rows // CHUNK > processors)
+    tall = rows // CHUNK > 3 * processors
+    if batch <= (16 if tall else 8):
+        return "tiles"
+    return "wide" if batch > (32 if tall else 64) else "narrow"
 
 
 @lru_cache(maxsize=4096)
 def plan_tiles(
-    batch: int,
-    rows: int,
-    blocks: int,
-    lanes: int,
-    processors: int,
-    invariant: bool,
-    dtype: torch.dtype,
+    batch: int, rows: int, blocks: int, lanes: int, processors: int, invariant: bool
 ) -> tuple[Tile, int]:
     """Choose the tile, and the parts that columns are split in.
 
@@ -128,42 +143,47 @@ def plan_tiles(
         lanes: words of a row in a block.
         processors: of the device.
         invariant: let nothing depend on `batch` but the tile's width.
-        dtype: of x.
     """
-
-    def split_of(tile: Tile, batch: int, held: int, lost: float, added: float) -> tuple[float, int]:
-        tiles = rows // tile.rows * -(-batch // tile.batch)
-        steps = blocks * lanes // min(tile.step, lanes)
-        return best_split(tiles, steps, processors * held, lost, added)
-
     if invariant:
         width = max(16, min(INVARIANT_BATCH, triton.next_power_of_2(batch)))
         tile = Tile(width, 64, stages=3)
-        return tile, split_of(tile, 1, *INVARIANT)[1]
+        held, lost, added = INVARIANT
+        steps = blocks * lanes // min(tile.step, lanes)
+        return tile, best_split(rows // tile.rows, steps, processors * held, lost, added)[1]
     chunks = rows // CHUNK
-    if batch <= MOST_TILED and 2 * chunks > 3 * processors:
+    if batch <= TALL[-1][0] and 2 * chunks > 3 * processors:
         at_once, in_rounds = next(tiles for most, tiles in TALL if batch <= most)
-        tile = at_once if chunks <= AT_ONCE * processors else in_rounds
-        return _well_ordered(tile, 1, dtype), 1
-    found = {}
-    for tile, held, turn, lost, added in next(
-        (prices for most, prices in PRICES if batch <= most), PRICES[-1][1]
-    ):
-        turns, split = split_of(tile, batch, held, lost, added)
-        found[turn * turns] = tile, split
-    tile, split = found[min(found)]
-    return _well_ordered(tile, split, dtype), split
+        return (at_once if chunks <= AT_ONCE * processors else in_rounds), 1
+    prices = next((prices for most, prices in TILES if batch <= most), TILES[-1][1])
+    return _cheapest(
+        prices, batch, rows, lambda tile: blocks * lanes // min(tile.step, lanes), processors
+    )
 
 
-def _well_ordered(tile: Tile, split: int, dtype: torch.dtype) -> Tile:
-    """Give a tile of 128 rows by 32 the warps with which the assembler orders its loop well.
+@lru_cache(maxsize=4096)
+def plan_narrow(batch: int, rows: int, blocks: int, processors: int) -> tuple[Narrow, int]:
+    """Choose the form of a program of the kernel of few rows, and the parts of columns.
 
-    It puts the unpacking of weights before or after the wait for the matrix instructions under way,
-    by rules of its own; after it, the loop takes 1.2 to 1.3 times as long.
+    Args:
+        batch: rows of x, at most 64.
+        rows: rows of W, with padding.
+        blocks: blocks of columns, a turn of the loop each.
+        processors: of the device.
     """
-    if (tile.batch, tile.rows) != (32, 128):
-        return tile
-    return tile._replace(warps=4 if (split > 1) == (dtype == torch.bfloat16) else 8)
+    prices = next(prices for most, prices in NARROW if batch <= most)
+    return _cheapest(prices, batch, rows, lambda _: blocks, processors)
+
+
+def _cheapest(
+    prices: dict[Form, Price], batch: int, rows: int, steps: Callable[[Form], int], processors: int
+) -> tuple[Form, int]:
+    """Return the form that takes the least time, and its split."""
+    found = {}
+    for form, (held, turn, lost, added) in prices.items():
+        tiles = rows // form.rows * -(-batch // form.batch)
+        turns, split = best_split(tiles, steps(form), processors * held, lost, added)
+        found[turn * turns] = form, split
+    return found[min(found)]
 
 
 def best_split(tiles: int, steps: int, places: int, lost: float, added: float) -> tuple[float, int]:

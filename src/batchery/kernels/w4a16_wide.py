@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Four-bit weights times many rows on Hopper: programs whose warps have different trades.
 
-When to use: more than some 64 rows of x, where the matrix units and not memory are the limit, and
-tall weights from 33 rows on. When not: fewer rows (`w4a16_tiles` reads W faster); other processors
-than sm_90; x whose rows are not aligned to 16 bytes. `fits` says.
+When to use: more than 64 rows of x, where the matrix units and not memory are the limit, and tall
+weights from 33 rows on. When not: fewer rows (`w4a16_narrow` reads W faster); other processors than
+sm_90; x whose rows are not aligned to 16 bytes. `fits` says.
 
     yᵀ[N, M] = Σ_i w_i · x_iᵀ     over slices of J columns: one nibble of a block of words
     w_i = s·(q_i - z)             in registers, in x's dtype
@@ -45,7 +45,7 @@ try:
 except ImportError:  # no Triton, or one without Gluon
     gluon = None
 
-__all__ = ["Share", "Wide", "fits", "launch", "nibble_asm"]
+__all__ = ["Share", "Wide", "fits", "launch", "nibble_asm", "swizzled"]
 
 WIDEST = 128  # rows of x of one matrix instruction here
 OPTIONS = {"num_warps": 4, "maxnreg": 168}
@@ -121,12 +121,12 @@ def launch(
     constants, runners = _prepared(
         form, x.dtype, weight.group_size if groups > 1 else 0, zeros is not None, weight.gated
     )
-    swizzled = _swizzled(lanes)
+    layout = swizzled(lanes)
     words = weight.words.view(-1, lanes)
     narrow = min(form.batch, WIDEST)
     descriptors = (
-        TensorDescriptor(x, [m, k], [x.stride(0), 1], [narrow, lanes], swizzled),
-        TensorDescriptor(words, [*words.shape], [lanes, 1], [CHUNK, lanes], swizzled),
+        TensorDescriptor(x, [m, k], [x.stride(0), 1], [narrow, lanes], layout),
+        TensorDescriptor(words, [*words.shape], [lanes, 1], [CHUNK, lanes], layout),
     )
     tensors = (weight.scales, zeros, bias, out, partials, weight.counters)
     numbers = (m, n, out.stride(0), weight.rows, blocks, m_tiles, whole, tail, sharers)
@@ -139,7 +139,8 @@ def launch(
 
 
 @cache
-def _swizzled(lanes: int) -> Any:
+def swizzled(lanes: int) -> Any:
+    """Return the layout in shared memory of rows of so many words."""
     return gl.NVMMASharedLayout(2 * lanes, 16, 2)
 
 

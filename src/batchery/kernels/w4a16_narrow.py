@@ -1,0 +1,411 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Four-bit weights times few rows on Hopper, in an order that no compiler chooses.
+
+When to use: 9 to 64 rows of x. When not: more (`w4a16_wide`) or fewer (`w4a16_tiles` begins
+sooner); other processors than sm_90, or x whose rows are not aligned to 16 bytes: `fits` says.
+
+    yᵀ[N, M] = Σ_g s_g · Σ_i (q_i - z_g) · x_iᵀ     over slices i of J columns, nibbles of a block
+
+A program sums a tile of yᵀ over its part of the columns, as in `w4a16_tiles`. What differs is the
+loop. Each slice is a step: its nibbles become 16 bits while the matrix instruction of the step
+before runs, those of the next block's first slice too, and the sums of one group are scaled while
+those of the next begin. So the matrix units wait for no arithmetic, whatever the assembler makes of
+it. Blocks come by bulk copies into a ring in shared memory, all of it under way at the start; these
+put zeros for columns and rows beyond x.
+
+Reference: Frantar et al., MARLIN, arXiv 2408.11743 (2024). Ours is written in Gluon, where a kernel
+and not the compiler says what waits for what.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from batchery.kernels.multi_tensor import on_its_device
+from batchery.kernels.w4a16_layout import CHUNK, NIBBLES, PackedW4
+from batchery.kernels.w4a16_tiles import Runners, aligned, run
+from batchery.kernels.w4a16_wide import nibble_asm, swizzled
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+except ImportError:  # no Triton, or one without Gluon
+    gluon = None
+
+__all__ = ["Narrow", "launch"]
+
+
+class Narrow(NamedTuple):
+    """How a program works.
+
+    Attributes:
+        batch: rows of x, 8, 16, 32 or 64.
+        rows: rows of W, 64 or 128.
+        stages: blocks in shared memory.
+        registers: of each thread.
+    """
+
+    batch: int
+    rows: int = 64
+    stages: int = 3
+    registers: int = 168
+
+
+def launch(
+    x: Tensor,
+    weight: PackedW4,
+    form: Narrow,
+    split: int = 1,
+    *,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Multiply x `(M, K)` by the weight; a gated weight's bias comes woven.
+
+    Args:
+        x: `(M, K)`, M > 0; see `w4a16_wide.fits`.
+        weight: on x's device.
+        form: how each program works.
+        split: parts of the columns; 1 where the weight has fewer counters than tiles.
+        bias: `(N,)`.
+        out: where the result goes.
+    """
+    (m, k), (n, _) = x.shape, weight.shape
+    _, blocks, _, lanes = weight.words.shape
+    if out is None:
+        out = x.new_empty(m, n // 2 if weight.gated else n)
+    m_tiles = -(-m // form.batch)
+    tiles = weight.rows // form.rows * m_tiles
+    split = min(split, blocks) if tiles <= len(weight.counters) else 1
+    partials = None
+    if split > 1:
+        partials = x.new_empty(tiles * split * form.batch * form.rows, dtype=torch.float32)
+    zeros, groups = weight.zeros, len(weight.scales)
+    constants, options, runners = _prepared(
+        form, x.dtype, weight.group_size if groups > 1 else 0, zeros is not None, weight.gated
+    )
+    layout = swizzled(lanes)
+    words = weight.words.view(-1, lanes)
+    descriptors = (
+        TensorDescriptor(x, [m, k], [x.stride(0), 1], [form.batch, NIBBLES * lanes], layout),
+        TensorDescriptor(words, [*words.shape], [lanes, 1], [CHUNK, lanes], layout),
+    )
+    tensors = (weight.scales, zeros, bias, out, partials, weight.counters)
+    numbers = (m, n, out.stride(0), weight.rows, blocks, m_tiles, split)
+    kinds = (lanes, weight.scales.dtype, None if bias is None else bias.dtype)
+    arguments = (*descriptors, *tensors, *numbers, *constants)
+    with on_its_device(x):
+        known = runners if aligned(weight, x, out, bias) else {}
+        key = (x.get_device(), *kinds, *numbers)
+        run(_narrow, known, key, tiles * split, arguments, options)
+    return out
+
+
+@cache
+def _prepared(
+    form: Narrow, dtype: torch.dtype, group: int, asymmetric: bool, gated: bool
+) -> tuple[tuple[Any, ...], dict[str, int], Runners]:
+    """Return the kernel's constants, its options and its compiled forms."""
+    asm = [nibble_asm(dtype, place, asymmetric, False) for place in range(NIBBLES)]
+    constants = (group, form.batch, form.rows, form.stages, gated, *asm)
+    return constants, {"num_warps": 4, "maxnreg": form.registers}, {}
+
+
+if gluon is not None:
+    from batchery.kernels.w4a16_wide import _weights, barrier
+
+    @gluon.jit
+    def _word_rings(words, COUNT: gl.constexpr, STAGES: gl.constexpr):
+        """Return rings for the words of 64 rows each."""
+        SIZE: gl.constexpr = [STAGES, 64, words.block_type.shape[1]]
+        found = ()
+        for _ in gl.static_range(COUNT):
+            found += (gl.allocate_shared_memory(gl.int16, SIZE, words.layout),)  # type: ignore[assignment]
+        return found
+
+    @gluon.jit
+    def _barriers(COUNT: gl.constexpr, STAGES: gl.constexpr):
+        """Return barriers for the stages of some rings."""
+        BAR: gl.constexpr = mbarrier.MBarrierLayout()
+        found = ()
+        for _ in gl.static_range(COUNT):
+            found += (gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR),)  # type: ignore[assignment]
+        return found
+
+    @gluon.jit
+    def _zeros(COUNT: gl.constexpr, BATCH: gl.constexpr, MMA: gl.constexpr):
+        """Return some sums."""
+        found = ()
+        for _ in gl.static_range(COUNT):
+            found += (gl.zeros([64, BATCH], gl.float32, MMA),)  # type: ignore[assignment]
+        return found
+
+    @gluon.jit
+    def _rows(at, block, stride, COUNT: gl.constexpr, HALVES: gl.constexpr):
+        """Load scales or zeros of a block: of each group, for each 64 rows of W."""
+        found = ()
+        for i in gl.static_range(COUNT * HALVES):
+            found += (gl.load(at + (block * COUNT + i // HALVES) * stride + i % HALVES * 64),)  # type: ignore[assignment]
+        return found
+
+    @gluon.jit
+    def _expect(rings, turn, turns, STAGES: gl.constexpr):
+        """Announce the copies of a turn's block; nothing after the last turn."""
+        x_ring, x_full, w_rings, w_fulls = rings
+        stage = turn % STAGES
+        x_bytes: gl.constexpr = 2 * x_ring.shape[1] * x_ring.shape[2]
+        w_bytes: gl.constexpr = 2 * w_rings[0].shape[1] * w_rings[0].shape[2]
+        mbarrier.expect(x_full.index(stage), x_bytes, turn < turns)
+        for h in gl.static_range(len(w_rings)):
+            mbarrier.expect(w_fulls[h].index(stage), w_bytes, turn < turns)
+
+    @gluon.jit
+    def _copy(x, words, rings, turn, turns, m0, chunk, first, blocks, STAGES: gl.constexpr):
+        """Begin the copies of a turn's block."""
+        x_ring, x_full, w_rings, w_fulls = rings
+        stage = turn % STAGES
+        for h in gl.static_range(len(w_rings)):
+            tma.async_copy_global_to_shared(
+                words, [((chunk + h) * blocks + first + turn) * 64, 0], w_fulls[h].index(stage),
+                w_rings[h].index(stage), turn < turns,
+            )  # fmt: skip
+        tma.async_copy_global_to_shared(
+            x, [m0, (first + turn) * x_ring.shape[2]], x_full.index(stage), x_ring.index(stage),
+            turn < turns,
+        )  # fmt: skip
+
+    @gluon.jit
+    def _unpack(
+        w, z, STEP: gl.constexpr, SPAN: gl.constexpr, HALVES: gl.constexpr, FORMS: gl.constexpr,
+        T: gl.constexpr,
+    ):  # fmt: skip
+        """Return the left operand of a step: one nibble of 64 rows."""
+        PLACE: gl.constexpr = STEP % 4
+        ROW: gl.constexpr = PLACE // SPAN * HALVES + STEP // 4
+        return _weights(w, (), z, ROW, PLACE, FORMS[PLACE], 0, len(z) > 0, T)
+
+    @gluon.jit
+    def _multiply(left, x_ring, stage, acc, totals, STEP: gl.constexpr, SPAN: gl.constexpr):
+        """Begin the products of a step, to be added to a total of its group if there are groups."""
+        J: gl.constexpr = left.shape[1]
+        H: gl.constexpr = STEP // 4
+        P: gl.constexpr = STEP // SPAN % 2
+        right = x_ring.index(stage).slice(STEP % 4 * J, J, 1).permute((1, 0))
+        if len(totals) == 0:
+            new = warpgroup_mma(left, right, acc[H], is_async=True)
+            acc = acc[:H] + (new,) + acc[H + 1 :]
+        else:
+            MMA: gl.constexpr = acc[0].type.layout
+            old = totals[P]
+            if STEP % SPAN == 0:
+                old = gl.zeros([64, acc[0].shape[1]], gl.float32, MMA)
+            new = warpgroup_mma(left, right, old, is_async=True)
+            totals = totals[:P] + (new,) + totals[P + 1 :]
+        return acc, totals
+
+    @gluon.jit
+    def _wait(totals, old, STEP: gl.constexpr, SPAN: gl.constexpr):
+        """Wait for all but the step begun last; the one before it has the left operand `old`.
+
+        Sums still in flight are left alone: a copy of their registers would be wrong.
+        """
+        P: gl.constexpr = STEP // SPAN % 2
+        if len(totals) > 0 and STEP % SPAN == SPAN - 1:
+            new, old = warpgroup_mma_wait(1, (totals[P], old))
+            totals = totals[:P] + (new,) + totals[P + 1 :]
+        else:
+            old = warpgroup_mma_wait(1, (old,))
+        return totals, old
+
+    @gluon.jit
+    def _wait_all(sums, old):
+        """Wait for all steps, which have these sums."""
+        if len(sums) == 2:
+            a, b, old = warpgroup_mma_wait(0, (sums[0], sums[1], old))
+            return (a, b), old
+        else:
+            a, old = warpgroup_mma_wait(0, (sums[0], old))
+            return (a,), old
+
+    @gluon.jit
+    def _add(acc, totals, s, STEP: gl.constexpr, SPAN: gl.constexpr, HALVES: gl.constexpr):
+        """Add the sums of a group, scaled, if the step is its last."""
+        if len(totals) > 0 and STEP % SPAN == SPAN - 1:
+            H: gl.constexpr = STEP // 4
+            P: gl.constexpr = STEP // SPAN % 2
+            scale = s[STEP % 4 // SPAN * HALVES + H].to(gl.float32)[:, None]
+            acc = acc[:H] + (acc[H] + totals[P] * scale,) + acc[H + 1 :]
+        return acc
+
+    @gluon.jit
+    def _finish(
+        y, n0, m, tensors, sizes, GROUP: gl.constexpr, GATED: gl.constexpr, LINES: gl.constexpr
+    ):
+        """Write y `(64, BATCH)` of yᵀ, in lines, to its place in out `(M, N)`."""
+        scales, bias, out = tensors
+        M, N, out_stride = sizes
+        BATCH: gl.constexpr = y.shape[1]
+        n = n0 + gl.arange(0, 64, gl.SliceLayout(1, LINES))
+        if GROUP == 0:
+            y *= gl.load(scales + n).to(gl.float32)[:, None]
+        if bias is not None:
+            y += gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
+        if GATED:
+            PAIRS: gl.constexpr = gl.BlockedLayout([2, 1], [16, 2], [1, 4], [0, 1])
+            gate, up = gl.split(gl.permute(gl.reshape(y, [32, 2, BATCH]), (0, 2, 1)))
+            gate = gl.convert_layout(gate, PAIRS)
+            up = gl.convert_layout(up, PAIRS)
+            y = gate / (1 + gl.exp(-gate)) * up
+            n = n0 // 2 + gl.arange(0, 32, gl.SliceLayout(1, PAIRS))
+            m += gl.arange(0, BATCH, gl.SliceLayout(0, PAIRS))
+            N = N // 2
+        else:
+            m += gl.arange(0, BATCH, gl.SliceLayout(0, LINES))
+        at = out + m.to(gl.int64)[None, :] * out_stride + n[:, None]
+        gl.store(at, y.to(out.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
+
+    @gluon.jit
+    def _deliver(
+        acc, partials, counters, tile, part, split, n0, m0, tensors, sizes,
+        GROUP: gl.constexpr, GATED: gl.constexpr,
+    ):  # fmt: skip
+        """Write a tile; of one in parts, the program that comes last adds them up in order."""
+        MMA: gl.constexpr = acc[0].type.layout
+        LINES: gl.constexpr = gl.BlockedLayout([4, 1], [16, 2], [1, 4], [0, 1])
+        HALVES: gl.constexpr = len(acc)
+        BATCH: gl.constexpr = acc[0].shape[1]
+        SIZE: gl.constexpr = HALVES * 64 * BATCH
+        if split == 1:
+            for h in gl.static_range(HALVES):
+                y = gl.convert_layout(acc[h], LINES)
+                _finish(y, n0 + h * 64, m0, tensors, sizes, GROUP, GATED, LINES)
+        else:
+            sums = partials + tile.to(gl.int64) * split * SIZE
+            m = gl.arange(0, BATCH, gl.SliceLayout(0, MMA))[None, :]
+            spot = m * (HALVES * 64) + gl.arange(0, 64, gl.SliceLayout(1, MMA))[:, None]
+            for h in gl.static_range(HALVES):
+                gl.store(sums + part * SIZE + spot + h * 64, acc[h], mask=m0 + m < sizes[0])
+            barrier()  # every thread's sums come before this program's count
+            if gl.atomic_add(counters + tile, 1, sem="acq_rel") == split - 1:
+                gl.store(counters + tile, 0)
+                row = gl.arange(0, BATCH, gl.SliceLayout(0, LINES))[None, :]
+                place = row * (HALVES * 64) + gl.arange(0, 64, gl.SliceLayout(1, LINES))[:, None]
+                inside = m0 + row < sizes[0]
+                for h in gl.static_range(HALVES):
+                    y = gl.zeros([64, BATCH], gl.float32, LINES)
+                    # Four at a time are on their way together; they are added one after another.
+                    for other in range(0, split, 4):
+                        at = sums + other * SIZE + h * 64 + place
+                        for i in gl.static_range(4):
+                            mask = inside & (other + i < split)
+                            y += gl.load(at + i * SIZE, mask=mask, other=0.0, cache_modifier=".cg")
+                    _finish(y, n0 + h * 64, m0, tensors, sizes, GROUP, GATED, LINES)
+
+    @gluon.jit(
+        do_not_specialize=["M", "blocks"], do_not_specialize_on_alignment=["m_tiles", "split"]
+    )
+    def _narrow(
+        x, words, scales, zeros, bias, out, partials, counters,
+        M, N, out_stride, padded, blocks, m_tiles, split,
+        GROUP: gl.constexpr, BATCH: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr,
+        GATED: gl.constexpr, A: gl.constexpr, B: gl.constexpr, C: gl.constexpr, D: gl.constexpr,
+    ):  # fmt: skip
+        """Sum one output tile `(ROWS, BATCH)` of yᵀ over one of `split` parts of the columns."""
+        T: gl.constexpr = x.dtype
+        J: gl.constexpr = words.block_type.shape[1]
+        FORMS: gl.constexpr = (A, B, C, D)
+        MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BATCH, 16])
+        LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+        HALVES: gl.constexpr = ROWS // 64
+        STEPS: gl.constexpr = 4 * HALVES
+        COUNT: gl.constexpr = 4 * J // GROUP if GROUP else 1  # groups of a block
+        SPAN: gl.constexpr = 4 // COUNT  # nibbles of a group
+        tile = gl.program_id(0) // split
+        part = gl.program_id(0) % split
+        first = part * blocks // split
+        turns = (part + 1) * blocks // split - first
+        gl.assume(turns > 0)
+        m0 = tile % m_tiles * BATCH
+        n0 = tile // m_tiles * ROWS
+        # Each copy has a ring and barriers of its own, or the compiler puts warps in step between.
+        x_ring = gl.allocate_shared_memory(T, [STAGES, BATCH, 4 * J], x.layout)
+        x_full = _barriers(1, STAGES)[0]
+        w_rings = _word_rings(words, HALVES, STAGES)
+        w_fulls = _barriers(HALVES, STAGES)
+        rings = (x_ring, x_full, w_rings, w_fulls)
+        for early in gl.static_range(STAGES):
+            mbarrier.init(x_full.index(early), count=1)
+            for h in gl.static_range(HALVES):
+                mbarrier.init(w_fulls[h].index(early), count=1)
+        for early in gl.static_range(STAGES):
+            _expect(rings, early, turns, STAGES)
+            _copy(x, words, rings, early, turns, m0, n0 // 64, first, blocks, STAGES)
+        scales_at, zeros_at = scales + n0 + gl.arange(0, 64, gl.SliceLayout(1, MMA)), zeros
+        s, z = (), ()
+        if GROUP:
+            s = _rows(scales_at, first, padded, COUNT, HALVES)
+        if zeros is not None:
+            zeros_at += n0 + gl.arange(0, 64, gl.SliceLayout(1, LEFT))
+            z = _rows(zeros_at, first * (GROUP > 0), padded, COUNT, HALVES)
+        acc = _zeros(HALVES, BATCH, MMA)
+        # Of two groups at most: one is scaled while the other grows.
+        totals = _zeros(min(2, COUNT * HALVES) if GROUP else 0, BATCH, MMA)
+        mbarrier.wait(x_full.index(0), 0)
+        for h in gl.static_range(HALVES):
+            mbarrier.wait(w_fulls[h].index(0), 0)
+        w = w_rings[0].index(0).load(LEFT)
+        left = _unpack(w, z, 0, SPAN, HALVES, FORMS, T)
+        old = left
+        for turn in range(turns):
+            stage = turn % STAGES
+            after = gl.minimum(turn + 1, turns - 1)
+            for step in gl.static_range(STEPS):
+                acc, totals = _multiply(left, x_ring, stage, acc, totals, step, SPAN)
+                if step == 0:
+                    barrier()  # all warps are done with the turn before: its stage is free
+                    again = gl.where(turn > 0, turn - 1 + STAGES, turns)
+                    _expect(rings, again, turns, STAGES)
+                    _copy(x, words, rings, again, turns, m0, n0 // 64, first, blocks, STAGES)
+                    # Here, one turn early: copies wait for loads before them.
+                    s_after, z_after = s, z
+                    if GROUP:
+                        s_after = _rows(scales_at, first + after, padded, COUNT, HALVES)
+                        if zeros is not None:
+                            z_after = _rows(zeros_at, first + after, padded, COUNT, HALVES)
+                else:
+                    totals, old = _wait(totals, old, step - 1, SPAN)
+                    acc = _add(acc, totals, s, step - 1, SPAN, HALVES)
+                old = left
+                if step == 3 and HALVES == 2:
+                    w = w_rings[1].index(stage).load(LEFT)
+                if step < STEPS - 1:
+                    left = _unpack(w, z, step + 1, SPAN, HALVES, FORMS, T)
+            slot = after % STAGES
+            phase = after // STAGES & 1
+            mbarrier.wait(w_fulls[0].index(slot), phase)
+            w = w_rings[0].index(slot).load(LEFT)
+            left = _unpack(w, z_after, 0, SPAN, HALVES, FORMS, T)
+            # These waits keep the assembler from unpacking after the last one.
+            for h in gl.static_range(1, HALVES):
+                mbarrier.wait(w_fulls[h].index(slot), phase)
+            mbarrier.wait(x_full.index(slot), phase)
+            # Nothing may be in flight to the next turn: its registers would be copied too early.
+            if GROUP:
+                totals, old = _wait_all(totals, old)
+            else:
+                acc, old = _wait_all(acc, old)
+            acc = _add(acc, totals, s, STEPS - 1, SPAN, HALVES)
+            s, z = s_after, z_after
+        _deliver(
+            acc, partials, counters, tile, part, split, n0, m0, (scales, bias, out),
+            (M, N, out_stride), GROUP, GATED,
+        )  # fmt: skip

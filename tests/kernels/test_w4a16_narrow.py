@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+from types import FunctionType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from four_bits import draw
+
+from batchery.kernels import w4a16_narrow
+from batchery.kernels.w4a16_layout import dequantize_w4, pack_w4
+from batchery.kernels.w4a16_narrow import Narrow, gluon, launch
+from batchery.kernels.w4a16_plan import NARROW
+from batchery.kernels.w4a16_wide import fits
+
+FORMS = sorted({form for _, forms in NARROW for form in forms})
+SMALL, TALL = FORMS[:2]  # of 16 rows of x; 64 and 128 of W
+
+CASES = {
+    "even": (1280, 1024, 128, 16, ""),
+    "odd": (1027, 1024, 128, 11, "zeros bias"),
+    "group-32": (770, 1088, 32, 13, "zeros"),
+    "group-64": (640, 960, 64, 37, "zeros bias"),
+    "group-256": (512, 2048, 256, 5, "zeros"),
+    "one-group": (512, 1096, 1096, 9, "zeros"),
+    "one-group-of-8": (512, 1096, 1096, 9, ""),
+    "gated": (1402, 1024, 128, 7, "gated bias"),
+    "one-row": (384, 512, 128, 1, ""),
+}
+
+
+class Array(np.ndarray):
+    """A tensor of the kernel."""
+
+    type = SimpleNamespace(layout=None)
+
+    def to(self, dtype):
+        return self.astype(np.int64 if dtype == "int64" else np.float64).view(Array)
+
+
+class Scalar(int):
+    def to(self, dtype):
+        return self
+
+    def __floordiv__(self, other):
+        return Scalar(int(self) // int(other))
+
+
+class Pointer:
+    def __init__(self, memory, at=0):
+        self.memory, self.at = memory, at
+        self.dtype = SimpleNamespace(element_ty=None)
+
+    def __add__(self, other):
+        return Pointer(self.memory, self.at + other)
+
+
+class Barrier:
+    def __init__(self):
+        self.phase, self.bytes, self.announced = 0, 0, False
+
+
+class Shared:
+    def __init__(self, places):
+        self.places = places
+
+    @property
+    def shape(self):
+        return self.places.shape
+
+    def index(self, place):
+        assert 0 <= place < len(self.places)
+        part = self.places[place]
+        return part if isinstance(part, Barrier) else Shared(part)
+
+    def slice(self, begin, size, dim):
+        assert dim == 1
+        assert begin + size <= self.places.shape[1]
+        return Shared(self.places[:, begin : begin + size])
+
+    def permute(self, order):
+        return Shared(self.places.transpose(order))
+
+    def load(self, layout):
+        return self.places.copy().view(Array)
+
+
+def allocate(dtype, shape, layout):
+    if dtype == "int64":
+        return Shared([Barrier() for _ in range(shape[0])])
+    return Shared(np.full(shape, 77, dtype))
+
+
+def expect(barrier, size, wanted):
+    if wanted:
+        assert not barrier.announced
+        barrier.bytes, barrier.announced = barrier.bytes + size, True
+
+
+def copy(source, corner, barrier, place, wanted):
+    """Copy at once: what is still to be read is lost."""
+    if wanted:
+        rows, columns = source.block_type.shape
+        row, column = corner
+        box = source.values[row : row + rows, column : column + columns]
+        place.places[:] = 0
+        place.places[: box.shape[0], : box.shape[1]] = box
+        barrier.bytes -= 2 * rows * columns
+        assert barrier.announced
+        assert barrier.bytes >= 0
+        if barrier.bytes == 0:
+            barrier.phase, barrier.announced = 1 - barrier.phase, False
+
+
+def wait(barrier, phase):
+    assert barrier.phase != phase  # or it would wait for ever
+
+
+def load(pointer, mask=True, other=0, cache_modifier=""):
+    at = np.asarray(pointer.at)
+    mask = np.broadcast_to(mask, at.shape)
+    assert 0 <= at[mask].min(initial=0)
+    assert at[mask].max(initial=0) < pointer.memory.size
+    return np.where(mask, pointer.memory[np.where(mask, at, 0)], other).view(Array)
+
+
+def store(pointer, values, mask=True):
+    at, values, mask = np.broadcast_arrays(pointer.at, values, mask)
+    pointer.memory[at[mask]] = values[mask]
+
+
+def add_one(pointer, one, sem):
+    before = int(pointer.memory[pointer.at])
+    pointer.memory[pointer.at] += one
+    return before
+
+
+def weights(words, s, z, row, place, asm, group, asymmetric, dtype):
+    q = (words.astype(np.int32) >> 4 * place & 15).astype(float)
+    return q - (z[row].to(float)[:, None] if asymmetric else 8)
+
+
+def as_python():
+    """Return the kernel as a function of Python on NumPy, and its `gl`."""
+    no_layout = dict.fromkeys(
+        ("SliceLayout", "BlockedLayout", "DotOperandLayout", "NVMMADistributedLayout"),
+        lambda *arguments: None,
+    )
+    gl = SimpleNamespace(
+        **no_layout,
+        static_range=range,
+        assume=lambda condition: None,
+        minimum=min,
+        where=lambda condition, a, b: a if condition else b,
+        arange=lambda begin, end, layout: np.arange(begin, end).view(Array),
+        zeros=lambda shape, dtype, layout: np.zeros(shape).view(Array),
+        float32=float,
+        float16="float16",
+        int16=np.int16,
+        int64="int64",
+        allocate_shared_memory=allocate,
+        load=load,
+        store=store,
+        atomic_add=add_one,
+        convert_layout=lambda x, layout: x,
+        reshape=lambda x, shape: x.reshape(shape),
+        permute=lambda x, order: x.transpose(order),
+        split=lambda x: (x[..., 0], x[..., 1]),
+        exp=np.exp,
+    )
+    scope = {
+        "gl": gl,
+        "mbarrier": SimpleNamespace(
+            MBarrierLayout=lambda: None, init=lambda *_, count: None, expect=expect, wait=wait
+        ),
+        "tma": SimpleNamespace(async_copy_global_to_shared=copy),
+        "warpgroup_mma": lambda a, b, acc, is_async: acc + a @ b.places.astype(float),
+        "warpgroup_mma_wait": lambda left, deps: deps if len(deps) > 1 else deps[0],
+        "barrier": lambda: None,
+    }
+    for name, value in vars(w4a16_narrow).items():
+        if hasattr(value, "fn"):
+            scope[name] = FunctionType(value.fn.__code__, scope)
+    scope["_weights"] = weights
+    return scope["_narrow"], gl
+
+
+@pytest.mark.skipif(gluon is None, reason="needs Triton's Gluon")
+@pytest.mark.parametrize("form", [SMALL, TALL, Narrow(8, 128, 2), Narrow(32, 64, 4)])
+@pytest.mark.parametrize("name", CASES)
+def test_the_source_as_python_follows_the_equation(form, name):
+    n, k, group, m, extra = CASES[name]
+    n = min(n, 130)
+    gated = "gated" in extra
+    q = draw(n, k, group, "zeros" in extra)
+    weight = pack_w4(q.q, q.scales, q.zeros, gated=gated)
+    generator = np.random.default_rng(0)
+    x, bias = generator.standard_normal((m, k)), generator.standard_normal(n)
+    wanted = x @ dequantize_w4(weight, torch.float64).numpy().T + bias
+    if gated:
+        gate, up = np.split(wanted, 2, 1)
+        wanted = gate / (1 + np.exp(-gate)) * up
+        bias = np.stack(np.split(bias, 2), 1).ravel()
+    _, blocks, _, lanes = weight.words.shape
+    m_tiles = -(-m // form.batch)
+    tiles = weight.rows // form.rows * m_tiles
+    kernel, gl = as_python()
+    sources = [
+        SimpleNamespace(values=values, block_type=SimpleNamespace(shape=shape), layout=None)
+        for values, shape in (
+            (x, (form.batch, 4 * lanes)),
+            (weight.words.numpy().reshape(-1, lanes), (64, lanes)),
+        )
+    ]
+    sources[0].dtype = np.float64
+    zeros = None if weight.zeros is None else Pointer(weight.zeros.numpy().ravel())
+    for split in (1, min(3, blocks)):
+        out = np.full((m, wanted.shape[1] + 3), np.nan)
+        partials = np.full(tiles * split * form.batch * form.rows, np.nan)
+        counters = np.zeros(tiles, dtype=int)
+        tables = [Pointer(weight.scales.double().numpy().ravel()), zeros, Pointer(bias)]
+        tables += [Pointer(values.reshape(-1)) for values in (out, partials, counters)]
+        numbers = (m, n, out.shape[1], weight.rows, blocks, m_tiles, split)
+        constants = (0 if group == k else group, form.batch, form.rows, form.stages, gated)
+        for program in generator.permutation(tiles * split):
+            gl.program_id = lambda axis, program=program: Scalar(program)
+            kernel(*sources, *tables, *numbers, *constants, *4 * ("",))
+        assert np.isnan(out[:, wanted.shape[1] :]).all()
+        assert not counters.any()
+        found = out[:, : wanted.shape[1]]
+        assert np.linalg.norm(found - wanted) <= 1e-10 * np.linalg.norm(wanted)
+
+
+def pack(n, k, group, zeros=False, gated=False):
+    w = draw(n, k, group, zeros)
+    return pack_w4(w.q, w.scales, w.zeros, gated=gated, device="cuda")
+
+
+def close(found, wanted, tolerance):
+    return float((found.double() - wanted).norm() / wanted.norm()) <= tolerance
+
+
+def test_rows_on_the_cpu_do_not_fit():
+    q, scales = torch.ones(2, 64, dtype=torch.uint8), torch.ones(2, 1)
+    assert not fits(torch.ones(2, 64, dtype=torch.half), pack_w4(q, scales))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(  # every pair takes a few seconds to compile
+    ("form", "name"),
+    [(form, name) for form in (SMALL, TALL) for name in CASES]
+    + [(form, "odd") for form in FORMS if form not in (SMALL, TALL)],
+)
+def test_the_kernel_follows_the_equation(form, name):
+    n, k, group, m, extra = CASES[name]
+    gated = "gated" in extra
+    weight = pack(n, k, group, "zeros" in extra, gated)
+    w = dequantize_w4(weight, torch.float64)
+    generator = torch.Generator("cuda").manual_seed(1)
+    dtypes = {torch.float16: 1e-3, torch.bfloat16: 4e-3} if name == "odd" else {torch.float16: 1e-3}
+    for dtype, tolerance in dtypes.items():
+        x = torch.randn(m, k, device="cuda", generator=generator).to(dtype)
+        assert fits(x, weight)
+        bias = torch.randn(n, device="cuda", generator=generator).to(dtype)
+        bias = bias if "bias" in extra else None
+        wanted = x.double() @ w.T + (0 if bias is None else bias.double())
+        if gated:
+            wanted = F.silu(wanted[:, : n // 2]) * wanted[:, n // 2 :]
+            bias = torch.stack(bias.chunk(2), 1).flatten()
+        for split in (1, 2, 3, 16):
+            out = torch.full((m, n // 2 if gated else n), torch.nan, dtype=dtype, device="cuda")
+            launch(x, weight, form, split, bias=bias, out=out)
+            assert close(out, wanted, tolerance), split
+    assert int(weight.counters.abs().sum()) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+def test_every_number_of_rows_and_turns_is_right(form):
+    generator = torch.Generator("cuda").manual_seed(2)
+    for k in (256, 512, 768, 1024, 2560):  # one block, fewer than stages, as many, more
+        weight = pack(256, k, 128)
+        w = dequantize_w4(weight, torch.float64)
+        for m in {1, form.batch - 1, form.batch, form.batch + 1, 2 * form.batch + 3}:
+            wide = torch.randn(m, k + 8, device="cuda", generator=generator).half()
+            x = wide[:, :k]  # rows lie apart
+            for split in (1, 2):
+                assert close(launch(x, weight, form, split), x.double() @ w.T, 1e-3), (k, m, split)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+def test_runs_give_the_same_bits_and_a_nan_stays_in_its_row(form):
+    weight = pack(4096, 4096, 128)
+    x = torch.randn(form.batch, 4096, device="cuda").half()
+    for split in (1, 5):
+        first = launch(x, weight, form, split)
+        assert all(torch.equal(launch(x, weight, form, split), first) for _ in range(100))
+        spoilt = x.clone()
+        spoilt[5, 3] = torch.nan
+        found = launch(spoilt, weight, form, split)
+        assert found[5].isnan().all()
+        kept = torch.arange(form.batch, device="cuda") != 5
+        assert torch.equal(found[kept], first[kept])
+
+
+@pytest.mark.gpu
+def test_a_graph_replays_it():
+    weight = pack(1024, 2048, 128)
+    x = torch.randn(16, 2048, device="cuda").half()
+    out = torch.empty(16, 1024, dtype=torch.half, device="cuda")
+    launch(x, weight, SMALL, 3, out=out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch(x, weight, SMALL, 3, out=out)
+    x.copy_(torch.randn(16, 2048, device="cuda"))
+    wanted = launch(x, weight, SMALL, 3)
+    for _ in range(3):
+        out.zero_()
+        graph.replay()
+        assert torch.equal(out, wanted)
