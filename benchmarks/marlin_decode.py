@@ -2,26 +2,26 @@
 """Decoding with a Llama of 8 billion random parameters: tokens a second in bfloat16 and in 4 bits.
 
 One step for a batch of sequences that each have a full cache of keys and values: everything that a
-decoder does, compiled, in one CUDA graph. Both arms hold the same numbers, the dense one those of
-the four-bit weights; their logits after two layers are compared before anything is timed (after 32
-random ones what bfloat16 rounds has grown). Embedding and head stay in bfloat16 in both, and each
-arm takes the faster of torch's two kernels of attention.
+decoder does, in one CUDA graph. All arms hold the same numbers, the dense one those of the four-bit
+weights, and take the same kernels beside their products (`decode_kernels.py`); each the faster of
+chaining its kernels or not. Embedding and head stay in bfloat16, but for an arm that has the head
+in 4 bits too. Before anything is timed the logits of all after two layers are compared with a step
+in torch's operations (after 32 random ones what bfloat16 rounds has grown).
 """
 
 import argparse
 import json
+import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from decode_kernels import EPS, add_norm, attend, join
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from batchery.compress.quant import dequantize, pack, quantize_rtn
 from batchery.kernels.w4a16 import w4a16_matmul
@@ -31,7 +31,7 @@ from batchery.studies.harness import environment
 BATCHES = (1, 8, 16, 32, 64)
 CONTEXTS = (64, 512)
 AIMS = {1: 2.3, 8: 2.3, 16: 2.3, 32: 1.8, 64: 1.3}  # of the specification: W4 over bfloat16
-ATTENTION = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
+ARMS = ("bfloat16", "W4", "W4 with its head")
 ALIKE = 0.02  # relative difference of logits that bfloat16 may make in two layers
 
 
@@ -70,15 +70,8 @@ class Cache(NamedTuple):
     turn: Tensor
 
 
-def product(x: Tensor, w: Weight) -> Tensor:
-    return w4a16_matmul(x, w) if isinstance(w, PackedW4) else F.linear(x, w)
-
-
-def gated(x: Tensor, w: Weight) -> Tensor:
-    if isinstance(w, PackedW4):
-        return w4a16_matmul(x, w)
-    gate, up = F.linear(x, w).chunk(2, -1)
-    return F.silu(gate) * up
+def product(x: Tensor, w: Weight, chained: bool = False) -> Tensor:
+    return w4a16_matmul(x, w, chained=chained) if isinstance(w, PackedW4) else F.linear(x, w)
 
 
 def rotated(x: Tensor, turn: Tensor) -> Tensor:
@@ -87,53 +80,60 @@ def rotated(x: Tensor, turn: Tensor) -> Tensor:
     return x * turn[0] + half * turn[1]
 
 
-def layer_step(
-    h: Tensor,
-    update: Tensor,
-    layer: Layer,
-    pairs: Tensor,
-    place: Tensor,
-    turn: Tensor,
-    attention: SDPBackend = SDPBackend.MATH,
-) -> tuple[Tensor, Tensor]:
-    """Bring hidden states `(B, hidden)` through a layer; the cache takes the new token.
-
-    What a layer adds to its input is the next one's to add: in one kernel with its norm.
-    """
-    h = h + update
+def layer_by_torch(h: Tensor, layer: Layer, pairs: Tensor, place: Tensor, turn: Tensor) -> Tensor:
+    """Bring hidden states `(B, hidden)` through a layer; the cache takes the new token."""
     batch, hidden = h.shape
     _, _, kv_heads, _, head = pairs.shape
-    x = F.rms_norm(h, (hidden,), layer.norms[0], 1e-5)
+    x = F.rms_norm(h, (hidden,), layer.norms[0], EPS)
     heads = product(x, layer.qkv).view(batch, -1, head)
     q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
     pairs.index_copy_(3, place, torch.stack([rotated(k, turn), v])[:, :, :, None])
     # Queries that share keys stand as rows of one head; all see the whole cache.
     q = rotated(q, turn).reshape(batch, kv_heads, -1, head)
-    with sdpa_kernel([attention, SDPBackend.MATH]):  # the latter where there is no other
-        y = F.scaled_dot_product_attention(q, pairs[0], pairs[1]).reshape(batch, -1)
+    y = F.scaled_dot_product_attention(q, pairs[0], pairs[1]).reshape(batch, -1)
     h = h + product(y, layer.out)
-    x = F.rms_norm(h, (hidden,), layer.norms[1], 1e-5)
-    return h, product(gated(x, layer.gate_up), layer.down)
+    y = product(F.rms_norm(h, (hidden,), layer.norms[1], EPS), layer.gate_up)
+    if not isinstance(layer.gate_up, PackedW4):
+        gate, up = y.chunk(2, -1)
+        y = F.silu(gate) * up
+    return h + product(y, layer.down)
 
 
 class Model:
     """Layers in one form, with an embedding and a head."""
 
-    def __init__(self, layers: list[Layer], embedding: Tensor, head: Tensor) -> None:
+    def __init__(self, layers: list[Layer], embedding: Tensor, head: Weight) -> None:
         """Keep the weights."""
         self.layers, self.embedding, self.head = layers, embedding, head
+        self.one = torch.ones_like(embedding[0])
 
-    def logits(self, tokens: Tensor, cache: Cache, step: Callable[..., Any]) -> Tensor:
+    def logits_by_torch(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Return `(B, vocabulary)` for the tokens `(B,)` that follow the cache."""
         h = self.embedding[tokens]
-        update = torch.zeros_like(h)
         for pairs, layer in zip(cache.pairs, self.layers, strict=True):
-            h, update = step(h, update, layer, pairs, cache.place, cache.turn)
-        return F.linear(F.rms_norm(h + update, h.shape[-1:], eps=1e-5), self.head)
+            h = layer_by_torch(h, layer, pairs, cache.place, cache.turn)
+        return product(F.rms_norm(h, h.shape[-1:], eps=EPS), self.head)
+
+    def logits(self, tokens: Tensor, cache: Cache, chained: bool) -> Tensor:
+        """The same by kernels; what a layer adds to its input is added with the next norm."""
+        h = self.embedding[tokens]
+        update, x, y = torch.zeros_like(h), torch.empty_like(h), torch.empty_like(h)
+        for pairs, layer in zip(cache.pairs, self.layers, strict=True):
+            add_norm(h, update, layer.norms[0], x, chained)
+            heads = product(x, layer.qkv, chained)
+            attend(heads, pairs, cache.turn, cache.place, y, chained)
+            add_norm(h, product(y, layer.out, chained), layer.norms[1], x, chained)
+            z = product(x, layer.gate_up, chained)
+            if not isinstance(layer.gate_up, PackedW4):
+                both, z = z, z.new_empty(len(z), z.shape[1] // 2)
+                join(both, z, chained)
+            update = product(z, layer.down, chained)
+        add_norm(h, update, self.one, x, chained)
+        return product(x, self.head, chained)
 
 
 def build(size: Size, device: torch.device) -> dict[str, Model]:
-    """Make the dense and the four-bit model of the same numbers."""
+    """Make the dense and the four-bit models of the same numbers."""
     generator = torch.Generator(device).manual_seed(0)
     like: dict[str, Any] = {"device": device, "generator": generator}
 
@@ -158,8 +158,11 @@ def build(size: Size, device: torch.device) -> dict[str, Model]:
         large = {name: dequantize(qw, torch.bfloat16) for name, qw in plain.items()}
         packed.append(Layer(**small, norms=norms))
         dense.append(Layer(**large, norms=norms))
-    table, head = (random(size.vocabulary, size.hidden).bfloat16() for _ in range(2))
-    return {"bfloat16": Model(dense, table, head), "W4": Model(packed, table, head)}
+    table = random(size.vocabulary, size.hidden).bfloat16()
+    rounded = quantize_rtn(random(size.vocabulary, size.hidden), scale_dtype=torch.bfloat16)
+    head = dequantize(rounded, torch.bfloat16)
+    kinds = (dense, head), (packed, head), (packed, pack(rounded)[0])
+    return {name: Model(ls, table, h) for name, (ls, h) in zip(ARMS, kinds, strict=True)}
 
 
 def new_cache(size: Size, batch: int, context: int, device: torch.device) -> Cache:
@@ -172,27 +175,32 @@ def new_cache(size: Size, batch: int, context: int, device: torch.device) -> Cac
     return Cache(pairs, place, torch.stack([angles.cos(), angles.sin()]).bfloat16())
 
 
+def choose(logits: Tensor) -> Tensor:
+    """Return the index of the largest of each row, in two stages that fill the device."""
+    parts = logits.unflatten(-1, (-1, math.gcd(logits.shape[-1], 256)))
+    part = parts.amax(-1).argmax(-1)
+    rows = torch.arange(len(part), device=part.device)
+    return part * parts.shape[-1] + parts[rows, part].argmax(-1)
+
+
 def seconds_per_step(
-    model: Model, tokens: Tensor, cache: Cache, attention: SDPBackend, steps: int
+    model: Model, tokens: Tensor, cache: Cache, chained: bool, steps: int
 ) -> float:
     """Best of three times of a step that chooses the next tokens, in a graph on CUDA."""
-    step = partial(layer_step, attention=attention)
     if not tokens.is_cuda:
         begin = time.perf_counter()
         for _ in range(steps):
-            tokens.copy_(model.logits(tokens, cache, step).argmax(-1))
+            tokens.copy_(choose(model.logits_by_torch(tokens, cache)))
         return (time.perf_counter() - begin) / steps
-    torch.compiler.reset()  # or the batches together exceed what one function may be compiled for
-    compiled = torch.compile(step, dynamic=False, fullgraph=True)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
-            model.logits(tokens, cache, compiled)
+            model.logits(tokens, cache, chained)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        tokens.copy_(model.logits(tokens, cache, compiled).argmax(-1))
+        tokens.copy_(choose(model.logits(tokens, cache, chained)))
     times = []
     for _ in range(4):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -206,43 +214,50 @@ def seconds_per_step(
 
 
 @torch.no_grad()
-def difference(models: dict[str, Model], size: Size, device: torch.device) -> float:
-    """Relative difference of the arms' logits after two layers."""
-    first, cache = torch.arange(4, device=device), new_cache(replace(size, layers=2), 4, 64, device)
-    dense, small = (
-        Model(models[name].layers[:2], models[name].embedding, models[name].head)
-        .logits(first, cache, layer_step)
-        .float()
-        for name in ("bfloat16", "W4")
+def differences(models: dict[str, Model], size: Size, device: torch.device) -> dict[str, float]:
+    """How far the logits of the arms after two layers are from those of torch's operations."""
+    first, cache = (
+        torch.arange(4, device=device),
+        new_cache(replace(size, layers=2), 4, 100, device),
     )
-    return float((small - dense).norm() / dense.norm())
+
+    def logits(model: Model, chained: bool | None) -> Tensor:
+        own = cache._replace(pairs=cache.pairs.clone())
+        two = Model(model.layers[:2], model.embedding, model.head)
+        if chained is None:
+            return two.logits_by_torch(first, own).float()
+        return two.logits(first, own, chained).float()
+
+    wanted = logits(models["bfloat16"], None)
+    ways = (False, True) if device.type == "cuda" else (None,)
+    return {
+        name: max(float((logits(model, way) - wanted).norm() / wanted.norm()) for way in ways)
+        for name, model in models.items()
+    }
 
 
 @torch.no_grad()
 def compare(
     models: dict[str, Model], size: Size, batch: int, context: int, steps: int, device: torch.device
 ) -> dict[str, Any]:
-    """Time both arms, with the attention that is faster in each."""
+    """Time the arms, each the faster way."""
     cache = new_cache(size, batch, context, device)
     tokens = torch.arange(batch, device=device)
-    found: dict[str, Any] = {
-        "batch": batch,
-        "context": context,
-        "attention": {},
-        "tokens_per_s": {},
-    }
+    found: dict[str, Any] = {"batch": batch, "context": context, "ms": {}, "tokens_per_s": {}}
     for name, model in models.items():
-        times = {}
-        for kind in ATTENTION:
-            times[kind.name] = seconds_per_step(model, tokens.clone(), cache, kind, steps)
-        fastest = min(times, key=lambda kind: times[kind])
-        found["attention"][name] = fastest
-        found["tokens_per_s"][name] = batch / times[fastest]
+        ways = {"chained": True, "apart": False} if tokens.is_cuda else {"apart": False}
+        times = {
+            way: seconds_per_step(model, tokens.clone(), cache, chained, steps)
+            for way, chained in ways.items()
+        }
+        found["ms"][name] = {way: 1e3 * seconds for way, seconds in times.items()}
+        found["tokens_per_s"][name] = batch / min(times.values())
     rates = found["tokens_per_s"]
+    found["ratio"] = {name: rates[name] / rates["bfloat16"] for name in ARMS[1:]}
     line = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
+    ratios = ", ".join(f"{ratio:.2f} x" for ratio in found["ratio"].values())
     aim = f" (aim {AIMS[batch]})" if batch in AIMS and size == SIZES["8B"] else ""
-    ratio = found["ratio"] = rates["W4"] / rates["bfloat16"]
-    print(f"{batch:3d} x {context} tokens: {line} tokens/s, {ratio:.2f} x{aim}", flush=True)
+    print(f"{batch:3d} x {context} tokens: {line} tokens/s, {ratios}{aim}", flush=True)
     return found
 
 
@@ -264,10 +279,10 @@ def main() -> None:
     found["environment"] = environment(device)
     found["device"] = torch.cuda.get_device_name() if on_cuda else "CPU"
     models = build(size, device)
-    found["size"], found["logits_differ_by"] = asdict(size), difference(models, size, device)
-    print(f"logits of the arms differ by {found['logits_differ_by']:.4f}")
-    if not found["logits_differ_by"] < ALIKE:
-        raise RuntimeError(f"the arms do not compute the same: {found['logits_differ_by']:.3f}")
+    found["size"], found["logits_differ_by"] = asdict(size), differences(models, size, device)
+    print("logits differ by", ", ".join(f"{d:.4f}" for d in found["logits_differ_by"].values()))
+    if not max(found["logits_differ_by"].values()) < ALIKE:
+        raise RuntimeError("the arms do not compute the same")
     found["steps"] = [
         compare(models, size, batch, context, options.steps, device)
         for context in options.contexts

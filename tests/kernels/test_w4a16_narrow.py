@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from four_bits import draw
 
 from batchery.kernels import w4a16_narrow
+from batchery.kernels.w4a16 import w4a16_matmul
 from batchery.kernels.w4a16_layout import dequantize_w4, pack_w4
 from batchery.kernels.w4a16_narrow import Narrow, gluon, launch
-from batchery.kernels.w4a16_plan import NARROW
+from batchery.kernels.w4a16_plan import CHAINED, NARROW
 from batchery.kernels.w4a16_wide import fits
 
-FORMS = sorted({form for _, forms in NARROW for form in forms})
-SMALL, TALL = FORMS[:2]  # of 16 rows of x; 64 and 128 of W
+FORMS = sorted({form for _, forms in (*NARROW, *CHAINED) for form in forms})
+SMALL, TALL = list(NARROW[0][1])  # of 16 rows of x; 64 and 128 of W
 
 CASES = {
     "even": (1280, 1024, 128, 16, ""),
@@ -221,7 +222,7 @@ def test_the_source_as_python_follows_the_equation(form, name):
         tables = [Pointer(weight.scales.double().numpy().ravel()), zeros, Pointer(bias)]
         tables += [Pointer(values.reshape(-1)) for values in (out, partials, counters)]
         numbers = (m, n, out.shape[1], weight.rows, blocks, m_tiles, split)
-        constants = (0 if group == k else group, form.batch, form.rows, form.stages, gated)
+        constants = (0 if group == k else group, form.batch, form.rows, form.stages, gated, False)
         for program in generator.permutation(tiles * split):
             gl.program_id = lambda axis, program=program: Scalar(program)
             kernel(*sources, *tables, *numbers, *constants, *4 * ("",))
@@ -319,3 +320,49 @@ def test_a_graph_replays_it():
         out.zero_()
         graph.replay()
         assert torch.equal(out, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+def test_a_chain_gives_the_bits_of_kernels_one_after_another(form):
+    weights = [pack(2048, 2048, 128) for _ in range(3)]
+    first = torch.randn(form.batch, 2048, device="cuda").half()
+
+    def chain(chained):
+        x = first
+        for turn in range(12):
+            for weight, split in zip(weights, (1, 4, 3), strict=True):
+                x = launch(x, weight, form, split, chained=chained)
+                if turn % 2:  # a kernel that does not wait by itself stands between
+                    x = x / x.abs().amax()
+            x = x / x.abs().amax()
+        return x
+
+    wanted = chain(False)
+    assert wanted.isfinite().all()
+    assert torch.equal(chain(True), wanted)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = chain(True)
+    for _ in range(50):
+        found.zero_()
+        graph.replay()
+        assert torch.equal(found, wanted)
+    assert not any(int(weight.counters.abs().sum()) for weight in weights)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_chained_product_is_right_at_any_number_of_rows(gated):
+    weight = pack(1024, 1024, 128, gated=gated)
+    w = dequantize_w4(weight, torch.float64)
+    for m in (0, 1, 8, 9, 16, 17, 33, 64, 65):
+        x = torch.randn(m, 1024, device="cuda").half()
+        wanted = x.double() @ w.T
+        if gated:
+            wanted = F.silu(wanted[:, :512]) * wanted[:, 512:]
+        found = w4a16_matmul(x, weight, chained=True)
+        assert found.shape == wanted.shape
+        assert m == 0 or close(found, wanted, 1e-3), m
+    compiled = torch.compile(lambda x: w4a16_matmul(x, weight, chained=True), fullgraph=True)
+    assert torch.equal(compiled(x), w4a16_matmul(x, weight, chained=True))

@@ -28,10 +28,11 @@ def test_tiles_and_parts_fit_the_weight(rows, blocks, lanes):
 @pytest.mark.parametrize("blocks", [1, 2, 16, 112])
 def test_narrow_forms_and_parts_fit_the_weight(rows, blocks):
     for batch in (9, 16, 17, 32, 33, 64):
-        form, split = plan_narrow(batch, rows, blocks, 132)
-        assert rows % form.rows == 0
-        assert 1 <= split <= blocks
-        assert form.batch >= min(batch, 32)
+        for chained in (False, True):
+            form, split = plan_narrow(batch, rows, blocks, 132, chained)
+            assert rows % form.rows == 0
+            assert 1 <= split <= blocks
+            assert form.batch >= min(batch, 32)
 
 
 def test_an_invariant_plan_splits_alike_whatever_the_batch():
@@ -45,7 +46,9 @@ def test_an_invariant_plan_splits_alike_whatever_the_batch():
 def test_kernels_follow_one_another_as_rows_of_x_grow(rows, last):
     batches = [last[0], last[0] + 1, last[1], last[1] + 1]
     wanted = ["tiles", "narrow", "narrow", "wide"]
-    assert [kernel_of(batch, rows, 132) for batch in batches] == wanted
+    assert [kernel_of(batch, rows, 132, False) for batch in batches] == wanted
+    chained = [kernel_of(batch, rows, 132, True) for batch in (1, 64, 65)]
+    assert chained == ["narrow", "narrow", "wide"]
 
 
 def test_a_tall_weight_is_not_split_and_its_tiles_are_at_work_at_once_where_they_can():
@@ -59,7 +62,7 @@ def test_the_cheaper_form_is_taken():
     layers = (3584, 74), (8192, 112)
     tiles = [plan_tiles(32, rows, blocks, 64, 132, False)[0] for rows, blocks in layers]
     assert [tile.rows for tile in tiles] == [64, 128]
-    narrow = [plan_narrow(32, rows, blocks, 132)[0] for rows, blocks in layers]
+    narrow = [plan_narrow(32, rows, blocks, 132, False)[0] for rows, blocks in layers]
     assert [form.rows for form in narrow] == [64, 128]
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Four-bit weights times few rows on Hopper, in an order that no compiler chooses.
 
-When to use: 9 to 64 rows of x. When not: more (`w4a16_wide`) or fewer (`w4a16_tiles` begins
-sooner); other processors than sm_90, or x whose rows are not aligned to 16 bytes: `fits` says.
+When to use: 9 to 64 rows of x, 1 to 64 in a chain. When not: more (`w4a16_wide`) or fewer
+(`w4a16_tiles` begins sooner); other processors than sm_90, or x whose rows are not aligned to 16
+bytes: `fits` says.
 
     yᵀ[N, M] = Σ_g s_g · Σ_i (q_i - z_g) · x_iᵀ     over slices i of J columns, nibbles of a block
 
@@ -11,7 +12,8 @@ loop. Each slice is a step: its nibbles become 16 bits while the matrix instruct
 before runs, those of the next block's first slice too, and the sums of one group are scaled while
 those of the next begin. So the matrix units wait for no arithmetic, whatever the assembler makes of
 it. Blocks come by bulk copies into a ring in shared memory, all of it under way at the start; these
-put zeros for columns and rows beyond x.
+put zeros for columns and rows beyond x. In a chain of kernels the words of the ring are there when
+the kernel before hands over x (programmatic dependent launch).
 
 Reference: Frantar et al., MARLIN, arXiv 2408.11743 (2024). Ours is written in Gluon, where a kernel
 and not the compiler says what waits for what.
@@ -68,6 +70,7 @@ def launch(
     *,
     bias: Tensor | None = None,
     out: Tensor | None = None,
+    chained: bool = False,
 ) -> Tensor:
     """Multiply x `(M, K)` by the weight; a gated weight's bias comes woven.
 
@@ -78,6 +81,8 @@ def launch(
         split: parts of the columns; 1 where the weight has fewer counters than tiles.
         bias: `(N,)`.
         out: where the result goes.
+        chained: read the weight before the kernel before this one has ended, and let the one after
+            do the same. Kernels around it that do not wait by themselves stand in its way.
     """
     (m, k), (n, _) = x.shape, weight.shape
     _, blocks, _, lanes = weight.words.shape
@@ -91,7 +96,12 @@ def launch(
         partials = x.new_empty(tiles * split * form.batch * form.rows, dtype=torch.float32)
     zeros, groups = weight.zeros, len(weight.scales)
     constants, options, runners = _prepared(
-        form, x.dtype, weight.group_size if groups > 1 else 0, zeros is not None, weight.gated
+        form,
+        x.dtype,
+        weight.group_size if groups > 1 else 0,
+        zeros is not None,
+        weight.gated,
+        chained,
     )
     layout = swizzled(lanes)
     words = weight.words.view(-1, lanes)
@@ -112,15 +122,18 @@ def launch(
 
 @cache
 def _prepared(
-    form: Narrow, dtype: torch.dtype, group: int, asymmetric: bool, gated: bool
+    form: Narrow, dtype: torch.dtype, group: int, asymmetric: bool, gated: bool, chained: bool
 ) -> tuple[tuple[Any, ...], dict[str, int], Runners]:
     """Return the kernel's constants, its options and its compiled forms."""
     asm = [nibble_asm(dtype, place, asymmetric, False) for place in range(NIBBLES)]
-    constants = (group, form.batch, form.rows, form.stages, gated, *asm)
-    return constants, {"num_warps": 4, "maxnreg": form.registers}, {}
+    constants = (group, form.batch, form.rows, form.stages, gated, chained, *asm)
+    return constants, {"num_warps": 4, "maxnreg": form.registers, "launch_pdl": chained}, {}
 
 
 if gluon is not None:
+    BEGIN = gl.constexpr("griddepcontrol.launch_dependents; mov.b32 $0, 0;")
+    WAIT = gl.constexpr("griddepcontrol.wait; mov.b32 $0, 0;")
+
     from batchery.kernels.w4a16_wide import _weights, barrier
 
     @gluon.jit
@@ -169,19 +182,30 @@ if gluon is not None:
             mbarrier.expect(w_fulls[h].index(stage), w_bytes, turn < turns)
 
     @gluon.jit
-    def _copy(x, words, rings, turn, turns, m0, chunk, first, blocks, STAGES: gl.constexpr):
-        """Begin the copies of a turn's block."""
-        x_ring, x_full, w_rings, w_fulls = rings
+    def _copy_words(words, rings, turn, turns, chunk, first, blocks, STAGES: gl.constexpr):
+        """Begin the copies of the words of a turn's block."""
+        _, _, w_rings, w_fulls = rings
         stage = turn % STAGES
         for h in gl.static_range(len(w_rings)):
             tma.async_copy_global_to_shared(
                 words, [((chunk + h) * blocks + first + turn) * 64, 0], w_fulls[h].index(stage),
                 w_rings[h].index(stage), turn < turns,
             )  # fmt: skip
+
+    @gluon.jit
+    def _copy_x(x, rings, turn, turns, m0, first, STAGES: gl.constexpr):
+        """Begin the copy of the columns of x that meet a turn's block."""
+        x_ring, x_full, _, _ = rings
+        stage = turn % STAGES
         tma.async_copy_global_to_shared(
             x, [m0, (first + turn) * x_ring.shape[2]], x_full.index(stage), x_ring.index(stage),
             turn < turns,
         )  # fmt: skip
+
+    @gluon.jit
+    def _others(ASM: gl.constexpr):
+        """Let the kernel after this one begin, or wait for the one before."""
+        gl.inline_asm_elementwise(ASM, "=r", [], gl.int32, False, 1)
 
     @gluon.jit
     def _unpack(
@@ -317,7 +341,8 @@ if gluon is not None:
         x, words, scales, zeros, bias, out, partials, counters,
         M, N, out_stride, padded, blocks, m_tiles, split,
         GROUP: gl.constexpr, BATCH: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr,
-        GATED: gl.constexpr, A: gl.constexpr, B: gl.constexpr, C: gl.constexpr, D: gl.constexpr,
+        GATED: gl.constexpr, CHAINED: gl.constexpr, A: gl.constexpr, B: gl.constexpr,
+        C: gl.constexpr, D: gl.constexpr,
     ):  # fmt: skip
         """Sum one output tile `(ROWS, BATCH)` of yᵀ over one of `split` parts of the columns."""
         T: gl.constexpr = x.dtype
@@ -348,7 +373,9 @@ if gluon is not None:
                 mbarrier.init(w_fulls[h].index(early), count=1)
         for early in gl.static_range(STAGES):
             _expect(rings, early, turns, STAGES)
-            _copy(x, words, rings, early, turns, m0, n0 // 64, first, blocks, STAGES)
+            _copy_words(words, rings, early, turns, n0 // 64, first, blocks, STAGES)
+        if CHAINED:
+            _others(BEGIN)
         scales_at, zeros_at = scales + n0 + gl.arange(0, 64, gl.SliceLayout(1, MMA)), zeros
         s, z = (), ()
         if GROUP:
@@ -359,12 +386,16 @@ if gluon is not None:
         acc = _zeros(HALVES, BATCH, MMA)
         # Of two groups at most: one is scaled while the other grows.
         totals = _zeros(min(2, COUNT * HALVES) if GROUP else 0, BATCH, MMA)
-        mbarrier.wait(x_full.index(0), 0)
         for h in gl.static_range(HALVES):
             mbarrier.wait(w_fulls[h].index(0), 0)
         w = w_rings[0].index(0).load(LEFT)
         left = _unpack(w, z, 0, SPAN, HALVES, FORMS, T)
         old = left
+        if CHAINED:
+            _others(WAIT)  # weights are nobody's output; x is
+        for early in gl.static_range(STAGES):
+            _copy_x(x, rings, early, turns, m0, first, STAGES)
+        mbarrier.wait(x_full.index(0), 0)
         for turn in range(turns):
             stage = turn % STAGES
             after = gl.minimum(turn + 1, turns - 1)
@@ -374,7 +405,8 @@ if gluon is not None:
                     barrier()  # all warps are done with the turn before: its stage is free
                     again = gl.where(turn > 0, turn - 1 + STAGES, turns)
                     _expect(rings, again, turns, STAGES)
-                    _copy(x, words, rings, again, turns, m0, n0 // 64, first, blocks, STAGES)
+                    _copy_words(words, rings, again, turns, n0 // 64, first, blocks, STAGES)
+                    _copy_x(x, rings, again, turns, m0, first, STAGES)
                     # Here, one turn early: copies wait for loads before them.
                     s_after, z_after = s, z
                     if GROUP:

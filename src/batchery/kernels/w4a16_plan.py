@@ -97,6 +97,34 @@ NARROW: tuple[tuple[int, dict[Narrow, Price]], ...] = (
     ),
 )
 
+# The same where kernels are chained, and the first words of a weight are there when x is: after
+# whole decoding steps of an 8B shape on an H200, 1 to 32 sequences.
+CHAINED: tuple[tuple[int, dict[Narrow, Price]], ...] = (
+    (
+        8,
+        {
+            Narrow(8, 64, 6, 168): Price(3, 0.9, lost=3, added=0.55),
+            Narrow(8, 64, 4, 128): Price(4, lost=3, added=0.55),
+            Narrow(8, 128, 4, 168): Price(2, 1.02, lost=2.5, added=0.6),
+        },
+    ),
+    (
+        16,
+        {
+            Narrow(16, 64, 4, 168): Price(3, 0.9, lost=3, added=0.55),
+            Narrow(16, 64, 3, 128): Price(4, lost=3, added=0.55),
+        },
+    ),
+    (
+        32,
+        {
+            Narrow(32, 64, 3, 168): Price(3, lost=3, added=0.55),
+            Narrow(32, 128, 2, 255): Price(2, 1.7, lost=3, added=0.55),
+        },
+    ),
+    NARROW[-1],
+)
+
 MOST_PARTS = 8  # that a tile is cut in evenly
 # In turns of the loop: what a tile loses at its ends, what adding up costs for each part of a tile,
 # and what stripes cost whose ends lie anywhere: their programs do not read the same rows in step.
@@ -113,14 +141,19 @@ FORMS = {
 
 
 @lru_cache(maxsize=4096)
-def kernel_of(batch: int, rows: int, processors: int) -> Literal["tiles", "narrow", "wide"]:
+def kernel_of(
+    batch: int, rows: int, processors: int, chained: bool
+) -> Literal["tiles", "narrow", "wide"]:
     """Choose the kernel, where all can run: of `w4a16_tiles`, `w4a16_narrow` or `w4a16_wide`.
 
     Args:
         batch: rows of x.
         rows: rows of W, with padding.
         processors: of the device.
+        chained: whether kernels begin before the one before has ended; one of them can.
     """
+    if chained and batch <= NARROW[-1][0]:
+        return "narrow"
     tall = rows // CHUNK > 3 * processors
     if batch <= (16 if tall else 8):
         return "tiles"
@@ -161,7 +194,9 @@ def plan_tiles(
 
 
 @lru_cache(maxsize=4096)
-def plan_narrow(batch: int, rows: int, blocks: int, processors: int) -> tuple[Narrow, int]:
+def plan_narrow(
+    batch: int, rows: int, blocks: int, processors: int, chained: bool
+) -> tuple[Narrow, int]:
     """Choose the form of a program of the kernel of few rows, and the parts of columns.
 
     Args:
@@ -169,8 +204,9 @@ def plan_narrow(batch: int, rows: int, blocks: int, processors: int) -> tuple[Na
         rows: rows of W, with padding.
         blocks: blocks of columns, a turn of the loop each.
         processors: of the device.
+        chained: see `kernel_of`.
     """
-    prices = next(prices for most, prices in NARROW if batch <= most)
+    prices = next(prices for most, prices in (CHAINED if chained else NARROW) if batch <= most)
     return _cheapest(prices, batch, rows, lambda _: blocks, processors)
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every form of the wide four-bit kernel on the layers of `marlin.py`, beside cuBLAS (Hopper).
+"""Every form of the two Gluon kernels of four-bit weights on the layers of `marlin.py` (Hopper).
 
-Some 40 s. The model of time in `batchery.kernels.w4a16_plan` is fitted to this. The kernel's
-results are checked by `tests/kernels/test_w4a16_wide.py`; run that first.
+Some 60 s, beside cuBLAS. The models of time in `batchery.kernels.w4a16_plan` are fitted to this.
+Results are checked by `tests/kernels/test_w4a16_narrow.py` and `test_w4a16_wide.py`; run those
+first.
 """
 
 import argparse
@@ -19,13 +20,15 @@ import torch.nn.functional as F
 from marlin import CALLS, microseconds
 from marlin_backends import SHAPES, copies, fresh, packed, random
 
+from batchery.kernels import w4a16_narrow, w4a16_wide
 from batchery.kernels.w4a16 import w4a16_matmul
-from batchery.kernels.w4a16_plan import FORMS, stripes
-from batchery.kernels.w4a16_wide import Share, launch
+from batchery.kernels.w4a16_plan import FORMS, NARROW, stripes
+from batchery.kernels.w4a16_wide import Share
 from batchery.studies.harness import environment
 
-BATCHES = (32, 64, 128, 256, 512, 1024, 2048)
-MOST = {64: 128, 32: 64}  # rows of x above which forms for so many are hopeless
+BATCHES = (16, 32, 64, 128, 256, 512, 1024, 2048)
+MOST = {64: 128, 32: 64}  # rows of x above which wide forms for so many are hopeless
+SPLITS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 
 Row = dict[str, Any]
 
@@ -67,29 +70,33 @@ def measure(shape: str, device: torch.device) -> list[Row]:
     for row in rows:
         m, x = row["m"], random(row["m"], k)
         row["chosen"] = timed(lambda w, x=x: functools.partial(w4a16_matmul, x, w), weights)
-        for form in FORMS:
+        for narrow in next((forms for most, forms in NARROW if m <= most), {}):
+            tiles = first.rows // narrow.rows * -(-m // narrow.batch)
+            for split in SPLITS:
+                if split <= blocks and (split == 1 or tiles * split <= 8 * processors):
+                    launch = functools.partial(w4a16_narrow.launch, x, form=narrow, split=split)
+                    us = timed(
+                        lambda w, launch=launch: functools.partial(launch, weight=w), weights
+                    )
+                    row["forms"].append(["narrow", list(narrow), split, us])
+        for form in FORMS if m >= 32 else ():
             if m > MOST.get(form.batch, m):
                 continue
             tiles = -(-first.rows // form.rows) * -(-m // form.batch)
             for share in ways(tiles, blocks, processors, m <= 256):
-                call = functools.partial(launch, x, form=form, share=share)
-                us = timed(lambda w, call=call: functools.partial(call, weight=w), weights)
-                row["forms"].append([list(form), share, us])
+                launch = functools.partial(w4a16_wide.launch, x, form=form, share=share)
+                us = timed(lambda w, launch=launch: functools.partial(launch, weight=w), weights)
+                row["forms"].append(["wide", list(form), share, us])
     return rows
 
 
 def report(row: Row) -> str:
-    """One line: each form at its planned share and, in brackets, at a share that beats it."""
+    """One line: cuBLAS, what the library chooses, and the three fastest."""
     text = f"{row['shape']:12s} {row['m']:4d} {row['cublas']:7.1f} {row['chosen']:7.1f} |"
-    for form in FORMS:
-        own = [entry for entry in row["forms"] if entry[0] == list(form)]
-        if not own:
-            continue
-        best = min(own, key=lambda entry: entry[2])
-        text += f" {form.batch}x{form.rows} {own[0][2]:.1f}"
-        if best[2] < 0.99 * own[0][2]:
-            text += f" ({best[2]:.1f} {'/'.join(map(str, best[1]))})"
-    return f"{text} = {row['cublas'] / min(entry[2] for entry in row['forms']):.2f}x"
+    fastest = sorted(row["forms"], key=lambda entry: entry[-1])
+    for kernel, form, cut, us in fastest[:3]:
+        text += f" {kernel} {form[0]}x{form[1]} {cut} {us:.1f}"
+    return f"{text} = {row['cublas'] / fastest[0][-1]:.2f}x"
 
 
 def main() -> None:
@@ -99,7 +106,7 @@ def main() -> None:
     device = torch.device("cuda")
     found: dict[str, Any] = {"date": date.today().isoformat(), "environment": environment(device)}
     found["layers"] = []
-    print("layer           M  cublas  chosen | forms, microseconds")
+    print("layer           M  cublas  chosen | the fastest forms, microseconds")
     for shape in SHAPES:
         found["layers"] += (rows := measure(shape, device))
         print("\n".join(map(report, rows)), flush=True)
