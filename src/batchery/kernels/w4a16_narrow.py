@@ -376,6 +376,9 @@ if gluon is not None:
             _copy_words(words, rings, early, turns, n0 // 64, first, blocks, STAGES)
         if CHAINED:
             _others(BEGIN)
+        else:
+            for early in gl.static_range(STAGES):
+                _copy_x(x, rings, early, turns, m0, first, STAGES)
         scales_at, zeros_at = scales + n0 + gl.arange(0, 64, gl.SliceLayout(1, MMA)), zeros
         s, z = (), ()
         if GROUP:
@@ -393,8 +396,8 @@ if gluon is not None:
         old = left
         if CHAINED:
             _others(WAIT)  # weights are nobody's output; x is
-        for early in gl.static_range(STAGES):
-            _copy_x(x, rings, early, turns, m0, first, STAGES)
+            for early in gl.static_range(STAGES):
+                _copy_x(x, rings, early, turns, m0, first, STAGES)
         mbarrier.wait(x_full.index(0), 0)
         for turn in range(turns):
             stage = turn % STAGES
