@@ -54,15 +54,26 @@ if triton is not None:
         return a, (second * c + first * s).to(tl.bfloat16)
 
     @triton.jit
-    def _block(keys, values, row, at, T, HEAD: tl.constexpr):
-        """Load keys in halves and values of a block of tokens, but of the new one."""
-        inside = ((row < T) & (row != at))[:, None]
+    def _block(keys, values, row, T, HEAD: tl.constexpr):
+        """Load keys, in halves, and values of a block of tokens."""
+        inside = (row < T)[:, None]
         side, whole = tl.arange(0, HEAD // 2), tl.arange(0, HEAD)
         where = keys + row[:, None] * HEAD + side[None, :]
         first = tl.load(where, mask=inside, other=0.0)
         second = tl.load(where + HEAD // 2, mask=inside, other=0.0)
         v = tl.load(values + row[:, None] * HEAD + whole[None, :], mask=inside, other=0.0)
         return first, second, v
+
+    @triton.jit
+    def _turn(q1, q2, k1, k2, v, old, top, total, acc, SCALE: tl.constexpr):
+        """Add a block of tokens to sums of which `top` is the highest score."""
+        score = (tl.dot(q1, tl.trans(k1)) + tl.dot(q2, tl.trans(k2))) * SCALE
+        score = tl.where(old[None, :], score, -1e30)
+        higher = tl.maximum(top, tl.max(score, 1))
+        faded = tl.exp(top - higher)
+        p = tl.exp(score - higher[:, None])
+        total = total * faded + tl.sum(p, 1)
+        return higher, total, acc * faded[:, None] + tl.dot(p.to(tl.bfloat16), v)
 
     @triton.jit
     def _attend(
@@ -73,6 +84,7 @@ if triton is not None:
         """Attend with the queries that share a head of keys, in one sequence; add to the cache."""
         if C:
             gdc_launch_dependents()
+        SCALE: tl.constexpr = HEAD**-0.5
         sequence = tl.program_id(0).to(tl.int64)
         kv = tl.program_id(1)
         at = tl.load(place).to(tl.int32)
@@ -80,7 +92,7 @@ if triton is not None:
         keys += (sequence * KV + kv) * T * HEAD
         values += (sequence * KV + kv) * T * HEAD
         row = tl.arange(0, BT)
-        k1, k2, v = _block(keys, values, row, at, T, HEAD)  # older tokens are nobody's output
+        k1, k2, v = _block(keys, values, row, T, HEAD)  # older tokens are nobody's output
         if C:
             gdc_wait()
         line = heads + sequence * ((SHARE + 2) * KV * HEAD)
@@ -100,24 +112,19 @@ if triton is not None:
             tl.load(where + HEAD // 2, mask=mask, other=0.0).to(tl.float32),
             turn, side[None, :], HEAD,
         )  # fmt: skip
-        top = tl.full([ROWS], -1e30, tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([ROWS, HEAD], tl.float32)
-        for _ in range(0, T, BT):
-            mine = (row == at)[:, None]
-            k1 = tl.where(mine, new1[None, :], k1)
-            k2 = tl.where(mine, new2[None, :], k2)
-            v = tl.where(mine, new[None, :], v)
-            score = (tl.dot(q1, tl.trans(k1)) + tl.dot(q2, tl.trans(k2))) * HEAD**-0.5
-            score = tl.where((row < T)[None, :], score, -1e30)
-            higher = tl.maximum(top, tl.max(score, 1))
-            faded = tl.exp(top - higher)
-            p = tl.exp(score - higher[:, None])
-            total = total * faded + tl.sum(p, 1)
-            acc = acc * faded[:, None] + tl.dot(p.to(tl.bfloat16), v)
-            top = higher
-            row += BT
-            k1, k2, v = _block(keys, values, row, at, T, HEAD)
+        # The new token first: what the cache has in its place is left out.
+        both = q1.to(tl.float32) * new1.to(tl.float32)[None, :]
+        both += q2.to(tl.float32) * new2.to(tl.float32)[None, :]
+        top = tl.sum(both, 1) * SCALE
+        total = tl.full([ROWS], 1.0, tl.float32)
+        acc = tl.zeros([ROWS, HEAD], tl.float32) + new.to(tl.float32)[None, :]
+        old = (row < T) & (row != at)
+        top, total, acc = _turn(q1, q2, k1, k2, v, old, top, total, acc, SCALE)
+        for begin in tl.range(BT, T, BT, num_stages=2):
+            rows = begin + row
+            k1, k2, v = _block(keys, values, rows, T, HEAD)
+            old = (rows < T) & (rows != at)
+            top, total, acc = _turn(q1, q2, k1, k2, v, old, top, total, acc, SCALE)
         where = out + sequence * (SHARE * KV * HEAD)
         where += (kv * SHARE + query)[:, None] * HEAD + whole[None, :]
         tl.store(where, (acc / total[:, None]).to(tl.bfloat16), mask=mask)
