@@ -246,6 +246,15 @@ def test_rows_on_the_cpu_do_not_fit():
     assert not fits(torch.ones(2, 64, dtype=torch.half), pack_w4(q, scales))
 
 
+def test_a_chain_means_nothing_to_a_cpu():
+    q = draw(64, 256, 128, False)
+    weight, x = pack_w4(q.q, q.scales), torch.randn(3, 256)
+    alone = w4a16_matmul(x, weight)
+    assert torch.equal(w4a16_matmul(x, weight, chained=True), alone)
+    compiled = torch.compile(lambda x: w4a16_matmul(x, weight, chained=True), backend="aot_eager")
+    assert torch.equal(compiled(x), alone)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(  # every pair takes a few seconds to compile
     ("form", "name"),
