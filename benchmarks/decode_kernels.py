@@ -2,7 +2,8 @@
 """What a decoding step has beside its products, for `marlin_decode.py`: norms, rotation, attention.
 
 Kernels of a few microseconds each. With `chained` each begins while the one before it ends, reads
-what that one does not write, and waits; see `w4a16_matmul`. Both arms of the benchmark take them.
+what no kernel of this step writes, and waits; see `w4a16_matmul`. All arms of the benchmark take
+them.
 """
 
 from typing import Any
@@ -92,7 +93,7 @@ if triton is not None:
         keys += (sequence * KV + kv) * T * HEAD
         values += (sequence * KV + kv) * T * HEAD
         row = tl.arange(0, BT)
-        k1, k2, v = _block(keys, values, row, T, HEAD)  # older tokens are nobody's output
+        k1, k2, v = _block(keys, values, row, T, HEAD)  # older tokens are no output of this step
         if C:
             gdc_wait()
         line = heads + sequence * ((SHARE + 2) * KV * HEAD)

@@ -4,7 +4,8 @@
 One step for a batch of sequences that each have a full cache of keys and values: everything that a
 decoder does, in one CUDA graph. All arms hold the same numbers, the dense one those of the four-bit
 weights, and take the same kernels beside their products (`decode_kernels.py`); each the faster of
-chaining its kernels or not. Embedding and head stay in bfloat16, but for an arm that has the head
+chaining its kernels or not. Products of cuBLAS take no part in a chain, those of four bits do; what
+that makes is printed. Embedding and head stay in bfloat16, but for an arm that has the head
 in 4 bits too. Before anything is timed the logits of all after two layers are compared with a step
 in torch's operations (after 32 random ones what bfloat16 rounds has grown).
 """
@@ -254,10 +255,12 @@ def compare(
         found["tokens_per_s"][name] = batch / min(times.values())
     rates = found["tokens_per_s"]
     found["ratio"] = {name: rates[name] / rates["bfloat16"] for name in ARMS[1:]}
+    apart = {name: found["ms"]["bfloat16"]["apart"] / found["ms"][name]["apart"] for name in ARMS}
+    found["ratio_apart"] = apart
     line = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
-    ratios = ", ".join(f"{ratio:.2f} x" for ratio in found["ratio"].values())
+    ratios = ", ".join(f"{ratio:.2f} x ({apart[n]:.2f})" for n, ratio in found["ratio"].items())
     aim = f" (aim {AIMS[batch]})" if batch in AIMS and size == SIZES["8B"] else ""
-    print(f"{batch:3d} x {context} tokens: {line} tokens/s, {ratios}{aim}", flush=True)
+    print(f"{batch:3d} x {context} tokens: {line} tokens/s, {ratios} (apart){aim}", flush=True)
     return found
 
 

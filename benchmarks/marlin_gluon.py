@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every form of the two Gluon kernels of four-bit weights on the layers of `marlin.py` (Hopper).
+"""Forms of both Gluon kernels of four-bit weights on the layers of `marlin.py` (Hopper).
 
 Some 60 s, beside cuBLAS. The models of time in `batchery.kernels.w4a16_plan` are fitted to this.
 Results are checked by `tests/kernels/test_w4a16_narrow.py` and `test_w4a16_wide.py`; run those
@@ -27,7 +27,7 @@ from batchery.kernels.w4a16_wide import Share
 from batchery.studies.harness import environment
 
 BATCHES = (16, 32, 64, 128, 256, 512, 1024, 2048)
-MOST = {64: 128, 32: 64}  # rows of x above which wide forms for so many are hopeless
+MOST = {64: 128}  # rows of x above which wide forms for so many are hopeless
 SPLITS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 
 Row = dict[str, Any]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every tile and split of the four-bit kernel on the layers of `marlin.py` (CUDA).
 
-The tiles in `batchery.kernels.w4a16` are the fastest of this sweep. Each is compiled in a process
-of its own, checked against float64, and only then timed.
+What `batchery.kernels.w4a16_plan` picks is near the fastest of such sweeps. Each tile is compiled
+in a process of its own, checked against float64, and only then timed.
 """
 
 import argparse

@@ -136,6 +136,7 @@ def test_importing_a_system_needs_torch_and_numpy_alone(card):
     paths = [path.rsplit(".", 1) for path in card.objects if path not in ADAPTERS]
     statement = "; ".join("from {} import {}".format(*path) for path in paths)
     assert not modules_after(statement) & HEAVY
+    assert modules_after(f"sys.modules['triton'] = None; {statement}")
 
 
 @pytest.mark.parametrize("card", CARDS, **ids)

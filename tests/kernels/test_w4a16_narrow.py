@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
 from types import FunctionType, SimpleNamespace
 
 import numpy as np
@@ -58,7 +59,7 @@ class Pointer:
 
 class Barrier:
     def __init__(self):
-        self.phase, self.bytes, self.announced = 0, 0, False
+        self.phase, self.bytes, self.announced, self.late = 0, 0, False, []
 
 
 class Shared:
@@ -98,23 +99,51 @@ def expect(barrier, size, wanted):
         barrier.bytes, barrier.announced = barrier.bytes + size, True
 
 
-def copy(source, corner, barrier, place, wanted):
-    """Copy at once: what is still to be read is lost."""
-    if wanted:
-        rows, columns = source.block_type.shape
-        row, column = corner
-        box = source.values[row : row + rows, column : column + columns]
-        place.places[:] = 0
-        place.places[: box.shape[0], : box.shape[1]] = box
-        barrier.bytes -= 2 * rows * columns
+class Machine:
+    """Copies at once, when what is still to be read is lost, or as late as their barrier allows."""
+
+    def __init__(self, late, chained):
+        self.late, self.chained, self.has_x = late, chained, not chained
+
+    def copy(self, source, corner, barrier, place, wanted):
+        assert self.has_x or source.dtype is None
+        if not wanted:
+            return
         assert barrier.announced
+        barrier.late.append((source, corner, place))
+        if not self.late:
+            self.arrive(barrier)
+
+    def arrive(self, barrier):
+        for source, (row, column), place in barrier.late:
+            rows, columns = source.block_type.shape
+            box = source.values[row : row + rows, column : column + columns]
+            place.places[:] = 0
+            place.places[: box.shape[0], : box.shape[1]] = box
+            barrier.bytes -= 2 * rows * columns
+        barrier.late = []
         assert barrier.bytes >= 0
         if barrier.bytes == 0:
             barrier.phase, barrier.announced = 1 - barrier.phase, False
 
+    def wait(self, barrier, phase):
+        if self.late and barrier.announced:
+            self.arrive(barrier)
+        assert barrier.phase != phase  # or it would wait for ever
 
-def wait(barrier, phase):
-    assert barrier.phase != phase  # or it would wait for ever
+    def inline(self, asm, *rest):
+        assert self.chained
+        self.has_x |= ".wait" in asm.value
+
+    def store(self, pointer, values, mask=True):
+        assert self.has_x
+        store(pointer, values, mask)
+
+    def add_one(self, pointer, one, sem):
+        assert self.has_x
+        before = int(pointer.memory[pointer.at])
+        pointer.memory[pointer.at] += one
+        return before
 
 
 def load(pointer, mask=True, other=0, cache_modifier=""):
@@ -130,18 +159,12 @@ def store(pointer, values, mask=True):
     pointer.memory[at[mask]] = values[mask]
 
 
-def add_one(pointer, one, sem):
-    before = int(pointer.memory[pointer.at])
-    pointer.memory[pointer.at] += one
-    return before
-
-
 def weights(words, s, z, row, place, asm, group, asymmetric, dtype):
     q = (words.astype(np.int32) >> 4 * place & 15).astype(float)
     return q - (z[row].to(float)[:, None] if asymmetric else 8)
 
 
-def as_python():
+def as_python(machine):
     """Return the kernel as a function of Python on NumPy, and its `gl`."""
     no_layout = dict.fromkeys(
         ("SliceLayout", "BlockedLayout", "DotOperandLayout", "NVMMADistributedLayout"),
@@ -161,8 +184,10 @@ def as_python():
         int64="int64",
         allocate_shared_memory=allocate,
         load=load,
-        store=store,
-        atomic_add=add_one,
+        store=machine.store,
+        atomic_add=machine.add_one,
+        inline_asm_elementwise=machine.inline,
+        int32=np.int32,
         convert_layout=lambda x, layout: x,
         reshape=lambda x, shape: x.reshape(shape),
         permute=lambda x, order: x.transpose(order),
@@ -172,9 +197,12 @@ def as_python():
     scope = {
         "gl": gl,
         "mbarrier": SimpleNamespace(
-            MBarrierLayout=lambda: None, init=lambda *_, count: None, expect=expect, wait=wait
+            MBarrierLayout=lambda: None,
+            init=lambda *_, count: None,
+            expect=expect,
+            wait=machine.wait,
         ),
-        "tma": SimpleNamespace(async_copy_global_to_shared=copy),
+        "tma": SimpleNamespace(async_copy_global_to_shared=machine.copy),
         "warpgroup_mma": lambda a, b, acc, is_async: acc + a @ b.places.astype(float),
         "warpgroup_mma_wait": lambda left, deps: deps if len(deps) > 1 else deps[0],
         "barrier": lambda: None,
@@ -182,14 +210,17 @@ def as_python():
     for name, value in vars(w4a16_narrow).items():
         if hasattr(value, "fn"):
             scope[name] = FunctionType(value.fn.__code__, scope)
-    scope["_weights"] = weights
+    scope |= {name: vars(w4a16_narrow)[name] for name in ("BEGIN", "WAIT")}
+    scope["slice_weights"] = weights
     return scope["_narrow"], gl
 
 
 @pytest.mark.skipif(gluon is None, reason="needs Triton's Gluon")
 @pytest.mark.parametrize("form", [SMALL, TALL, Narrow(8, 128, 2), Narrow(32, 64, 4)])
 @pytest.mark.parametrize("name", CASES)
-def test_the_source_as_python_follows_the_equation(form, name):
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("chained", [False, True])
+def test_the_source_as_python_follows_the_equation(form, name, late, chained):
     n, k, group, m, extra = CASES[name]
     n = min(n, 130)
     gated = "gated" in extra
@@ -205,9 +236,10 @@ def test_the_source_as_python_follows_the_equation(form, name):
     _, blocks, _, lanes = weight.words.shape
     m_tiles = -(-m // form.batch)
     tiles = weight.rows // form.rows * m_tiles
-    kernel, gl = as_python()
     sources = [
-        SimpleNamespace(values=values, block_type=SimpleNamespace(shape=shape), layout=None)
+        SimpleNamespace(
+            values=values, block_type=SimpleNamespace(shape=shape), layout=None, dtype=None
+        )
         for values, shape in (
             (x, (form.batch, 4 * lanes)),
             (weight.words.numpy().reshape(-1, lanes), (64, lanes)),
@@ -222,8 +254,9 @@ def test_the_source_as_python_follows_the_equation(form, name):
         tables = [Pointer(weight.scales.double().numpy().ravel()), zeros, Pointer(bias)]
         tables += [Pointer(values.reshape(-1)) for values in (out, partials, counters)]
         numbers = (m, n, out.shape[1], weight.rows, blocks, m_tiles, split)
-        constants = (0 if group == k else group, form.batch, form.rows, form.stages, gated, False)
+        constants = (0 if group == k else group, form.batch, form.rows, form.stages, gated, chained)
         for program in generator.permutation(tiles * split):
+            kernel, gl = as_python(Machine(late, chained))
             gl.program_id = lambda axis, program=program: Scalar(program)
             kernel(*sources, *tables, *numbers, *constants, *4 * ("",))
         assert np.isnan(out[:, wanted.shape[1] :]).all()
@@ -248,11 +281,14 @@ def test_rows_on_the_cpu_do_not_fit():
 
 def test_a_chain_means_nothing_to_a_cpu():
     q = draw(64, 256, 128, False)
-    weight, x = pack_w4(q.q, q.scales), torch.randn(3, 256)
-    alone = w4a16_matmul(x, weight)
-    assert torch.equal(w4a16_matmul(x, weight, chained=True), alone)
-    compiled = torch.compile(lambda x: w4a16_matmul(x, weight, chained=True), backend="aot_eager")
-    assert torch.equal(compiled(x), alone)
+    weight = pack_w4(q.q, q.scales)
+    found = []
+    for chained in (False, True):
+        x = torch.linspace(-1, 1, 3 * 256).view(3, 256).requires_grad_()
+        y = w4a16_matmul(x, weight, chained=chained)
+        y.square().sum().backward()
+        found.append((y.detach(), x.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.gpu
@@ -295,7 +331,9 @@ def test_every_number_of_rows_and_turns_is_right(form):
             wide = torch.randn(m, k + 8, device="cuda", generator=generator).half()
             x = wide[:, :k]  # rows lie apart
             for split in (1, 2):
-                assert close(launch(x, weight, form, split), x.double() @ w.T, 1e-3), (k, m, split)
+                out = torch.full((m, 256), torch.nan, dtype=torch.half, device="cuda")
+                launch(x, weight, form, split, out=out)
+                assert close(out, x.double() @ w.T, 1e-3), (k, m, split)
 
 
 @pytest.mark.gpu
@@ -336,6 +374,7 @@ def test_a_graph_replays_it():
 def test_a_chain_gives_the_bits_of_kernels_one_after_another(form):
     weights = [pack(2048, 2048, 128) for _ in range(3)]
     first = torch.randn(form.batch, 2048, device="cuda").half()
+    generator = torch.Generator("cuda").manual_seed(3)
 
     def chain(chained):
         x = first
@@ -353,10 +392,11 @@ def test_a_chain_gives_the_bits_of_kernels_one_after_another(form):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = chain(True)
-    for _ in range(50):
+    for _ in range(20):
+        first.copy_(torch.randn(first.shape, device="cuda", generator=generator))
         found.zero_()
         graph.replay()
-        assert torch.equal(found, wanted)
+        assert torch.equal(found, chain(False))
     assert not any(int(weight.counters.abs().sum()) for weight in weights)
 
 
@@ -374,4 +414,17 @@ def test_a_chained_product_is_right_at_any_number_of_rows(gated):
         assert found.shape == wanted.shape
         assert m == 0 or close(found, wanted, 1e-3), m
     compiled = torch.compile(lambda x: w4a16_matmul(x, weight, chained=True), fullgraph=True)
-    assert torch.equal(compiled(x), w4a16_matmul(x, weight, chained=True))
+    assert torch.equal(compiled(x[:16]), w4a16_matmul(x[:16], weight, chained=True))
+    alone, beside = (
+        w4a16_matmul(x[:16], weight, batch_invariant=True, chained=chained)
+        for chained in (False, True)
+    )
+    assert torch.equal(alone, beside)
+
+
+@pytest.mark.gpu
+def test_a_weight_with_too_few_counters_is_not_split():
+    weight = pack(1024, 2048, 128)
+    few = replace(weight, counters=weight.counters[:3])
+    x = torch.randn(16, 2048, device="cuda").half()
+    assert torch.equal(launch(x, few, SMALL, 4), launch(x, weight, SMALL, 1))

@@ -27,12 +27,14 @@ def test_tiles_and_parts_fit_the_weight(rows, blocks, lanes):
 @pytest.mark.parametrize("rows", [128, 1024, 4096, 8192, 10240, 28672, 57344])
 @pytest.mark.parametrize("blocks", [1, 2, 16, 112])
 def test_narrow_forms_and_parts_fit_the_weight(rows, blocks):
-    for batch in (9, 16, 17, 32, 33, 64):
+    for batch in (1, 8, 9, 16, 17, 32, 33, 64):
         for chained in (False, True):
-            form, split = plan_narrow(batch, rows, blocks, 132, chained)
+            form, split = plan_narrow(batch, rows, blocks, 128, 132, chained)
             assert rows % form.rows == 0
             assert 1 <= split <= blocks
             assert form.batch >= min(batch, 32)
+            form, _ = plan_narrow(batch, rows, blocks, 64, 132, chained)
+            assert form.batch * form.rows < 64 * 128
 
 
 def test_an_invariant_plan_splits_alike_whatever_the_batch():
@@ -62,7 +64,7 @@ def test_the_cheaper_form_is_taken():
     layers = (3584, 74), (8192, 112)
     tiles = [plan_tiles(32, rows, blocks, 64, 132, False)[0] for rows, blocks in layers]
     assert [tile.rows for tile in tiles] == [64, 128]
-    narrow = [plan_narrow(32, rows, blocks, 132, False)[0] for rows, blocks in layers]
+    narrow = [plan_narrow(32, rows, blocks, 128, 132, False)[0] for rows, blocks in layers]
     assert [form.rows for form in narrow] == [64, 128]
 
 

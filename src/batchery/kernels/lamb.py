@@ -26,10 +26,6 @@ from batchery.kernels.multi_tensor import (
     WARPS,
     ChunkTable,
     Impl,
-    chunk_bounds,
-    chunk_load,
-    chunk_pointer,
-    chunk_store,
     on_its_device,
     prepared_grads,
     segment_rows,
@@ -367,6 +363,12 @@ def fused_cuda(
 
 
 if triton is not None:
+    from batchery.kernels.multi_tensor import (
+        chunk_bounds,
+        chunk_load,
+        chunk_pointer,
+        chunk_store,
+    )
 
     @triton.jit
     def _corrections(addresses, n, place, log1, log2, BIAS: tl.constexpr):

@@ -24,10 +24,6 @@ from batchery.kernels.multi_tensor import (
     WARPS,
     ChunkTable,
     Impl,
-    chunk_bounds,
-    chunk_load,
-    chunk_pointer,
-    chunk_store,
     on_its_device,
     prepared_grads,
     segment_rows,
@@ -329,6 +325,12 @@ def fused_cuda(
 
 
 if triton is not None:
+    from batchery.kernels.multi_tensor import (
+        chunk_bounds,
+        chunk_load,
+        chunk_pointer,
+        chunk_store,
+    )
 
     @triton.jit
     def _gradient_scale(grad_divisor, NEGATE: tl.constexpr):

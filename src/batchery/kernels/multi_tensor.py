@@ -28,7 +28,7 @@ try:
     import triton
     import triton.language as tl
 except ModuleNotFoundError:  # the torch forms work without it
-    triton = None
+    triton = tl = None
 
 __all__ = [
     "BLOCK",

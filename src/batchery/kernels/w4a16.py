@@ -15,7 +15,7 @@ comes last adds them in order. No float atomics: the same bits in every run. Wit
 a row's result does not depend on how many other rows there are.
 
 `w4a16_tiles` is for every device; on Hopper it takes the fewest rows, and leaves more of them to
-`w4a16_narrow` and `w4a16_wide`. `w4a16_plan` chooses.
+`w4a16_narrow` and `w4a16_wide`. `w4a16_plan.kernel_of` has the rule.
 
 Reference: Frantar et al., MARLIN, arXiv 2408.11743 (2024). Theirs adds split sums in 16 bits, in an
 order that follows the number of processors, and shuffles weights into fragments by hand.
@@ -75,9 +75,11 @@ def w4a16_matmul(
         out: where the result goes, `(..., N)`, or `(..., N / 2)` for a gated weight.
         batch_invariant: give each row the bits that it would have alone. CUDA only.
         chained: begin to read the weight before the kernel before has ended, and let the kernel
-            after do so (programmatic dependent launch; Hopper, up to 64 rows, else no effect). It
-            saves a tenth of a decoding step in a CUDA graph whose kernels all do so, and costs
-            time beside kernels that do not. The kernel before must not write the weight.
+            after do so (programmatic dependent launch). No kernel of the chain so far may have
+            written the weight. It saves a tenth of a decoding step in a CUDA graph whose kernels
+            all do so, and costs time beside kernels that do not. No effect where the kernel for
+            few rows does not run: other devices than Hopper, more than 64 rows or rows that are
+            not at multiples of 16 bytes, `batch_invariant`.
         impl: "triton", "torch" (dequantises; on the CPU torch's four-bit matmul for bfloat16), or
             the first that can run.
 
@@ -206,7 +208,7 @@ def _by_kernel(
     kernel = "tiles" if invariant else kernel_of(m, rows, processors, chained)
     if m and kernel != "tiles" and fits(x, weight):
         if kernel == "narrow":
-            narrow, split = plan_narrow(m, rows, blocks, processors, chained)
+            narrow, split = plan_narrow(m, rows, blocks, weight.group_size, processors, chained)
             return launch_narrow(x, weight, narrow, split, bias=bias, out=out, chained=chained)
         wide, share = plan_wide(m, rows, blocks, processors)
         return launch_wide(x, weight, wide, share, bias=bias, out=out)

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Four-bit weights times few rows on Hopper, in an order that no compiler chooses.
+"""Four-bit weights times few rows on Hopper, in an order that the source gives.
 
-When to use: 9 to 64 rows of x, 1 to 64 in a chain. When not: more (`w4a16_wide`) or fewer
-(`w4a16_tiles` begins sooner); other processors than sm_90, or x whose rows are not aligned to 16
-bytes: `fits` says.
+When to use: some 9 to 64 rows of x, in a chain from one on (`w4a16_plan.kernel_of`). When not: more
+(`w4a16_wide`) or fewer (`w4a16_tiles` begins sooner); other processors than sm_90, or x whose rows
+are not aligned to 16 bytes: `w4a16_wide.fits` says.
 
     yᵀ[N, M] = Σ_g s_g · Σ_i (q_i - z_g) · x_iᵀ     over slices i of J columns, nibbles of a block
 
 A program sums a tile of yᵀ over its part of the columns, as in `w4a16_tiles`. What differs is the
 loop. Each slice is a step: its nibbles become 16 bits while the matrix instruction of the step
 before runs, those of the next block's first slice too, and the sums of one group are scaled while
-those of the next begin. So the matrix units wait for no arithmetic, whatever the assembler makes of
-it. Blocks come by bulk copies into a ring in shared memory, all of it under way at the start; these
-put zeros for columns and rows beyond x. In a chain of kernels the words of the ring are there when
-the kernel before hands over x (programmatic dependent launch).
+those of the next begin. So the matrix units need not wait for arithmetic. Blocks come by bulk
+copies into a ring in shared memory, all of it under way at the start; these put zeros for columns
+and rows beyond x. In a chain of kernels the words of the ring are there when the kernel before
+hands over x (programmatic dependent launch).
 
 Reference: Frantar et al., MARLIN, arXiv 2408.11743 (2024). Ours is written in Gluon, where a kernel
 and not the compiler says what waits for what.
@@ -82,7 +82,7 @@ def launch(
         bias: `(N,)`.
         out: where the result goes.
         chained: read the weight before the kernel before this one has ended, and let the one after
-            do the same. Kernels around it that do not wait by themselves stand in its way.
+            begin; see `w4a16_matmul`.
     """
     (m, k), (n, _) = x.shape, weight.shape
     _, blocks, _, lanes = weight.words.shape
@@ -131,10 +131,10 @@ def _prepared(
 
 
 if gluon is not None:
+    from batchery.kernels.w4a16_wide import barrier, slice_weights
+
     BEGIN = gl.constexpr("griddepcontrol.launch_dependents; mov.b32 $0, 0;")
     WAIT = gl.constexpr("griddepcontrol.wait; mov.b32 $0, 0;")
-
-    from batchery.kernels.w4a16_wide import _weights, barrier
 
     @gluon.jit
     def _word_rings(words, COUNT: gl.constexpr, STAGES: gl.constexpr):
@@ -203,9 +203,12 @@ if gluon is not None:
         )  # fmt: skip
 
     @gluon.jit
-    def _others(ASM: gl.constexpr):
-        """Let the kernel after this one begin, or wait for the one before."""
-        gl.inline_asm_elementwise(ASM, "=r", [], gl.int32, False, 1)
+    def _let_next_begin():
+        gl.inline_asm_elementwise(BEGIN, "=r", [], gl.int32, False, 1)
+
+    @gluon.jit
+    def _wait_for_previous():
+        gl.inline_asm_elementwise(WAIT, "=r", [], gl.int32, False, 1)
 
     @gluon.jit
     def _unpack(
@@ -215,7 +218,7 @@ if gluon is not None:
         """Return the left operand of a step: one nibble of 64 rows."""
         PLACE: gl.constexpr = STEP % 4
         ROW: gl.constexpr = PLACE // SPAN * HALVES + STEP // 4
-        return _weights(w, (), z, ROW, PLACE, FORMS[PLACE], 0, len(z) > 0, T)
+        return slice_weights(w, (), z, ROW, PLACE, FORMS[PLACE], 0, len(z) > 0, T)
 
     @gluon.jit
     def _multiply(left, x_ring, stage, acc, totals, STEP: gl.constexpr, SPAN: gl.constexpr):
@@ -375,7 +378,7 @@ if gluon is not None:
             _expect(rings, early, turns, STAGES)
             _copy_words(words, rings, early, turns, n0 // 64, first, blocks, STAGES)
         if CHAINED:
-            _others(BEGIN)
+            _let_next_begin()
         else:
             for early in gl.static_range(STAGES):
                 _copy_x(x, rings, early, turns, m0, first, STAGES)
@@ -395,7 +398,7 @@ if gluon is not None:
         left = _unpack(w, z, 0, SPAN, HALVES, FORMS, T)
         old = left
         if CHAINED:
-            _others(WAIT)  # weights are nobody's output; x is
+            _wait_for_previous()  # weights are no output of the chain; x is
             for early in gl.static_range(STAGES):
                 _copy_x(x, rings, early, turns, m0, first, STAGES)
         mbarrier.wait(x_full.index(0), 0)

@@ -2,8 +2,8 @@
 """Which four-bit kernel for which shape, with which form, and how its work is cut among programs.
 
 The choices of `batchery.kernels.w4a16`: simple models of time, in turns of the kernels' loops,
-whose constants were fitted to sweeps on an H100 and an H200 (`benchmarks/marlin_tiles.py`,
-`marlin_gluon.py`). A plan is made once for each shape.
+whose constants were fitted to sweeps on an H100 and an H200, such as those of
+`benchmarks/marlin_tiles.py` and `marlin_gluon.py`. A plan is made once for each shape.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,19 @@ from batchery.kernels.w4a16_narrow import Narrow
 from batchery.kernels.w4a16_tiles import Tile
 from batchery.kernels.w4a16_wide import Share, Wide
 
-__all__ = ["best_split", "kernel_of", "plan_narrow", "plan_tiles", "plan_wide", "stripes"]
+__all__ = [
+    "CHAINED",
+    "FORMS",
+    "INVARIANT_BATCH",
+    "MOST_BATCH",
+    "NARROW",
+    "best_split",
+    "kernel_of",
+    "plan_narrow",
+    "plan_tiles",
+    "plan_wide",
+    "stripes",
+]
 
 INVARIANT_BATCH = 64
 MOST_BATCH = 1024  # rows above which a dense product of dequantised weights beats the tiles
@@ -28,7 +40,7 @@ class Price(NamedTuple):
     """What a form of a kernel costs.
 
     Attributes:
-        held: programs of it that a processor runs side by side.
+        held: programs that take turns of that time side by side on a processor, as fitted.
         turn: time of a turn of its loop, against other forms for as many rows of x.
         lost: in turns, what a program loses at its ends.
         added: in turns, what adding up costs for each part of the columns.
@@ -41,8 +53,8 @@ class Price(NamedTuple):
 
 
 # For batches of at most so many rows. With 19 layers on an H200 and up to 8 rows, what is chosen
-# took 1 % longer on average than the fastest of all that was tried. Above, these stand in for the
-# other kernels where those cannot run.
+# took 1 % longer on average than the fastest of all that was tried. See `kernel_of` for what else
+# tiles are for.
 _SCALED = Tile(128, 128, step=32, warps=8, stages=3, scale_weights=True)
 TILES: tuple[tuple[int, dict[Tile, Price]], ...] = (
     (8, {Tile(8, 128, stages=3): Price(2, lost=1)}),
@@ -58,14 +70,15 @@ TILES: tuple[tuple[int, dict[Tile, Price]], ...] = (
     (128, {_SCALED: Price(2, lost=2, added=2)}),
     (MOST_BATCH, {_SCALED: Price(1, lost=6, added=2)}),
 )
-# Where W is tall its tiles are many, and columns are not split. The first of two is for a W all of
-# whose tiles are at work at once.
-TALL: tuple[tuple[int, tuple[Tile, Tile]], ...] = (
+# Where W has more than 3 chunks for two processors, columns are not split. The first of two is for
+# a W all of whose tiles are at work at once.
+UNSPLIT: tuple[tuple[int, tuple[Tile, Tile]], ...] = (
     (8, (Tile(16, 64, stages=3), Tile(8, 64, stages=3))),
     (16, (Tile(16, 64, stages=3), Tile(16, 64))),
     (32, (Tile(32, 128, stages=3),) * 2),
     (64, (Tile(64, 128, warps=8, stages=2, scale_weights=True),) * 2),
 )
+MANY_CHUNKS = 3  # for a processor: above, W is tall
 AT_ONCE = 5  # tiles of 64 rows and up to 16 rows of x that a processor holds
 INVARIANT = (2, 3, 0)  # programs held, turns lost, turns of adding up
 MOST_SPLIT = 16
@@ -144,17 +157,20 @@ FORMS = {
 def kernel_of(
     batch: int, rows: int, processors: int, chained: bool
 ) -> Literal["tiles", "narrow", "wide"]:
-    """Choose the kernel, where all can run: of `w4a16_tiles`, `w4a16_narrow` or `w4a16_wide`.
+    """Choose the kernel where all can run: on Hopper, for rows of x at multiples of 16 bytes.
+
+    By rows of x, in brackets where W is tall: tiles to 8 (16), then narrow to 64 (32), then wide.
+    Chained, narrow to 64. Elsewhere, and for `batch_invariant`, there are tiles alone.
 
     Args:
         batch: rows of x.
         rows: rows of W, with padding.
         processors: of the device.
-        chained: whether kernels begin before the one before has ended; one of them can.
+        chained: begin before the kernel before has ended, which the narrow one can.
     """
     if chained and batch <= NARROW[-1][0]:
         return "narrow"
-    tall = rows // CHUNK > 3 * processors
+    tall = rows // CHUNK > MANY_CHUNKS * processors
     if batch <= (16 if tall else 8):
         return "tiles"
     return "wide" if batch > (32 if tall else 64) else "narrow"
@@ -184,8 +200,8 @@ def plan_tiles(
         steps = blocks * lanes // min(tile.step, lanes)
         return tile, best_split(rows // tile.rows, steps, processors * held, lost, added)[1]
     chunks = rows // CHUNK
-    if batch <= TALL[-1][0] and 2 * chunks > 3 * processors:
-        at_once, in_rounds = next(tiles for most, tiles in TALL if batch <= most)
+    if batch <= UNSPLIT[-1][0] and 2 * chunks > 3 * processors:
+        at_once, in_rounds = next(tiles for most, tiles in UNSPLIT if batch <= most)
         return (at_once if chunks <= AT_ONCE * processors else in_rounds), 1
     prices = next((prices for most, prices in TILES if batch <= most), TILES[-1][1])
     return _cheapest(
@@ -195,7 +211,7 @@ def plan_tiles(
 
 @lru_cache(maxsize=4096)
 def plan_narrow(
-    batch: int, rows: int, blocks: int, processors: int, chained: bool
+    batch: int, rows: int, blocks: int, group: int, processors: int, chained: bool
 ) -> tuple[Narrow, int]:
     """Choose the form of a program of the kernel of few rows, and the parts of columns.
 
@@ -203,10 +219,15 @@ def plan_narrow(
         batch: rows of x, at most 64.
         rows: rows of W, with padding.
         blocks: blocks of columns, a turn of the loop each.
+        group: columns that share a scale.
         processors: of the device.
         chained: see `kernel_of`.
     """
     prices = next(prices for most, prices in (CHAINED if chained else NARROW) if batch <= most)
+    if group < 128:  # the sums of more groups in a block find no registers beside large tiles
+        prices = {
+            form: price for form, price in prices.items() if form.batch * form.rows < 64 * 128
+        }
     return _cheapest(prices, batch, rows, lambda _: blocks, processors)
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Four-bit weights times many rows on Hopper: programs whose warps have different trades.
 
-When to use: more than 64 rows of x, where the matrix units and not memory are the limit, and tall
-weights from 33 rows on. When not: fewer rows (`w4a16_narrow` reads W faster); other processors than
-sm_90; x whose rows are not aligned to 16 bytes. `fits` says.
+When to use: many rows of x, where the matrix units and not memory are the limit, from 65 on, or 33
+for tall weights (`w4a16_plan.kernel_of`). When not: fewer (`w4a16_narrow` reads W faster); other
+processors than sm_90; x whose rows are not aligned to 16 bytes. `fits` says.
 
     yᵀ[N, M] = Σ_i w_i · x_iᵀ     over slices of J columns: one nibble of a block of words
     w_i = s·(q_i - z)             in registers, in x's dtype
@@ -45,7 +45,7 @@ try:
 except ImportError:  # no Triton, or one without Gluon
     gluon = None
 
-__all__ = ["Share", "Wide", "fits", "launch", "nibble_asm", "swizzled"]
+__all__ = ["Share", "Wide", "fits", "launch", "nibble_asm", "slice_weights", "swizzled"]
 
 WIDEST = 128  # rows of x of one matrix instruction here
 OPTIONS = {"num_warps": 4, "maxnreg": 168}
@@ -177,7 +177,7 @@ if gluon is not None:
             return gl.inline_asm_elementwise(ASM, FORM, operands, gl.bfloat16, True, 2)
 
     @gluon.jit
-    def _weights(
+    def slice_weights(
         words, s, z, HALF: gl.constexpr, PLACE: gl.constexpr, ASM: gl.constexpr,
         GROUP: gl.constexpr, ASYMMETRIC: gl.constexpr, T: gl.constexpr,
     ):  # fmt: skip
@@ -369,7 +369,7 @@ if gluon is not None:
                 for i in gl.static_range(4):
                     slot = turn % TURNS * 4 + i
                     old = left
-                    left = _weights(w, s, z, 0, i, FORMS[i], GROUP, ASYMMETRIC, T)
+                    left = slice_weights(w, s, z, 0, i, FORMS[i], GROUP, ASYMMETRIC, T)
                     mbarrier.wait(x_full.index(slot), turn // TURNS & 1)
                     right = x_ring.index(slot * PARTS).permute((1, 0))
                     acc = warpgroup_mma(left, right, acc, is_async=True)
@@ -381,7 +381,7 @@ if gluon is not None:
                         mbarrier.arrive(x_free.index(slot - 1))
                     if TALL:
                         old = left
-                        left = _weights(w_other, s, z, 1, i, FORMS[i], GROUP, ASYMMETRIC, T)
+                        left = slice_weights(w_other, s, z, 1, i, FORMS[i], GROUP, ASYMMETRIC, T)
                         right = x_ring.index(slot * PARTS).permute((1, 0))
                         other = warpgroup_mma(left, right, other, is_async=True)
                         acc, other, old = _wait(1, acc, other, old, HALVES)
