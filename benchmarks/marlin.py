@@ -2,7 +2,7 @@
 """The four-bit matmul beside cuBLAS, other four-bit kernels and the memory's limit, in one run.
 
 On CUDA: the layers of Llama-shaped models of 8 and 70 billion parameters, groups of 128, batches of
-1 to 512 rows; the weights rotate over four times the second-level cache, and all calls are in one
+1 to 2,048 rows; the weights rotate over four times the second-level cache, and all calls are in one
 CUDA graph. Peers are cuBLAS in float16, torch's tinygemm and, where vLLM is installed, its
 gptq_marlin and Machete; a peer that is absent or fails is named, and spoils nothing, for it runs in
 a process of its own. On the CPU: two layers beside dense ones.

@@ -76,7 +76,7 @@ def w4a16_matmul(
         batch_invariant: give each row the bits that it would have alone. CUDA only.
         chained: begin to read the weight before the kernel before has ended, and let the kernel
             after do so (programmatic dependent launch). No kernel of the chain so far may have
-            written the weight. It saves a tenth of a decoding step in a CUDA graph whose kernels
+            written the weight. It saves some tenth of a decoding step in a CUDA graph whose kernels
             all do so, and costs time beside kernels that do not. No effect where the kernel for
             few rows does not run: other devices than Hopper, more than 64 rows or rows that are
             not at multiples of 16 bytes, `batch_invariant`.

@@ -43,6 +43,9 @@ def test_gptq_in_act_order_needs_its_groups():
     rule = "load_quantized: g_idx of L in F must be there: the config says act-order"
     with pytest.raises(ValueError, match=rule):
         Scheme.parse(GPTQ).read(without(tensors, "g_idx"), "L in F")
+    unset = {**tensors, "g_idx": torch.full_like(tensors["g_idx"], -1)}
+    with pytest.raises(ValueError, match="g_idx of L in F must say each column's group"):
+        Scheme.parse(GPTQ).read(unset, "L in F")
     # of one group, or where the config does not say so, it says nothing
     whole = without(pack_gptq(draw(16, 64, 64)), "g_idx")
     assert Scheme.parse({**GPTQ, "group_size": 64}).read(whole, "L in F").g_idx is None
@@ -68,10 +71,15 @@ def ct_config(*groups):
     ],
 )
 def test_compressed_tensors_need_what_the_config_says(name, entry, kind):
-    packed = without(pack_compressed_tensors(draw(16, 64, 32, zeros=True, act_order=True)), name)
+    whole = pack_compressed_tensors(draw(16, 64, 32, zeros=True, act_order=True))
+    packed = without(whole, name)
     rule = f"load_quantized: {name} of L in F must be there: the config says {kind}"
     with pytest.raises(ValueError, match=rule):
         Scheme.parse(ct_config(entry)).read(packed, "L in F")
+    if kind == "act-order":
+        unset = {**whole, name: torch.full_like(whole[name], -1)}
+        with pytest.raises(ValueError, match=f"{name} of L in F must say each column's group"):
+            Scheme.parse(ct_config(entry)).read(unset, "L in F")
     # where groups of the config differ, a layer may be of either
     mixed = Scheme.parse(ct_config(entry, {}))
     assert mixed.read(pack_compressed_tensors(draw(16, 64, 32)), "L in F").group_size == 32

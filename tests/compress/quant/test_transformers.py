@@ -286,15 +286,18 @@ def lacking(folder, *starts):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("start", [f"{PROJ}.qweight", PROJ, "lm_head"])
-def test_a_linear_layer_that_the_files_lack_is_refused(start, tied, tmp_path, enabled):
+@pytest.mark.parametrize(
+    "start", [f"{PROJ}.qweight", PROJ, "lm_head", "model.embed_tokens", "model.norm"]
+)
+def test_a_weight_that_the_files_lack_is_refused(start, tied, tmp_path, enabled):
     write(tmp_path, "gptq-v2", tie_word_embeddings=tied)
     lacking(tmp_path, start)
     if tied and start == "lm_head":  # the embedding's
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
         return
-    named = "output embeddings" if start == "lm_head" else PROJ.removeprefix("model.")
-    with pytest.raises(ValueError, match=f"must have all linear layers, got .*{named}"):
+    named = "output embeddings" if start == "lm_head" else start.removeprefix("model.")
+    named = named.removesuffix(".qweight")
+    with pytest.raises(ValueError, match=f"must have all weights, got .*{named}"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

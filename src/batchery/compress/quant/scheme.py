@@ -217,6 +217,11 @@ class Scheme:
         for name, kind in needed.items():
             rule = f"must be there: the config says {kind}"
             require(name in tensors, "load_quantized", f"{name} of {where}", rule, sorted(tensors))
+            if kind == "act-order":  # -1 is what writers leave where there is no order
+                order = tensors[name]
+                rule = "must say each column's group: the config says act-order"
+                unset = bool((order == -1).all())
+                require(not unset, "load_quantized", f"{name} of {where}", rule, "-1 throughout")
 
     def write(self, qw: QuantizedWeight) -> dict[str, Tensor]:
         """Return the tensors of a layer, by their name within it.

@@ -301,17 +301,18 @@ def _auto() -> Any:
 
 
 def _all_loaded(model: Any) -> None:
-    """Raise where a linear layer is not in the files: its words may have been lost.
+    """Raise where a weight is not in the files: it would be random.
 
     New heads on a base model are no loss; transformers reports them.
     """
-    linears = {n: m for n, m in model.base_model.named_modules() if isinstance(m, nn.Linear)}
+    ours = tuple(f"{name}." for name, _ in quant_layers(model.base_model))
+    weights = {n: p for n, p in model.base_model.named_parameters() if not n.startswith(ours)}
     head = model.get_output_embeddings()
     if isinstance(head, nn.Linear):
-        linears["output embeddings"] = head
+        weights["output embeddings"] = head.weight
     # transformers marks what it loads or ties
-    lost = [n for n, m in linears.items() if not getattr(m.weight, "_is_hf_initialized", False)]
-    require(not lost, OWNER, "checkpoint_files", "must have all linear layers", f"no {lost[:3]}")
+    lost = [n for n, p in weights.items() if not getattr(p, "_is_hf_initialized", False)]
+    require(not lost, OWNER, "checkpoint_files", "must have all weights", f"no {lost[:3]}")
 
 
 def _whole_experts(model: nn.Module) -> None:
