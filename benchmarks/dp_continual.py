@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from batchery.cli import device_argument
 from batchery.kernels.chacha import random_words
 from batchery.privacy import Budget, DiscreteNoise, FactorizationCounter, FloatNoise, TreeCounter
 from batchery.studies.harness import environment
@@ -183,7 +184,9 @@ def squared_error(copies: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", type=device_argument, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--samples", type=int, default=1_000_000)
     parser.add_argument("--device-samples", type=int, default=1 << 26)
     parser.add_argument("--widths", type=int, nargs="+", default=[65_536, 1_000_000])
@@ -191,7 +194,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    device = torch.device(options.device)
+    device = options.device
     found: dict[str, Any] = {"date": date.today().isoformat(), "environment": environment(device)}
     found["noise"] = noise(options.samples)
     if device.type == "cuda":

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, RandomSampler, WeightedRandomSampler
 
+from batchery.cli import device_argument
 from batchery.select import HardBatchSampler, ResumableBatchSampler
 from batchery.select.selection import falling, highest
 from batchery.studies.hard_batches_tasks import resnet18
@@ -170,10 +171,10 @@ def waiting(device: torch.device) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default)
+    parser.add_argument("--device", type=device_argument, default=default)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    device = torch.device(options.device)
+    device = options.device
     cuda = device.type == "cuda"
     found: dict[str, Any] = {"date": date.today().isoformat()}
     for batch in (32, 512):

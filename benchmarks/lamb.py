@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchery.cli import device_argument
 from batchery.kernels import lamb as lamb_kernel
 from batchery.kernels.multi_tensor import ChunkTable
 from batchery.optim import LAMB, LARS
@@ -187,12 +188,12 @@ def sweep(device: torch.device) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default)
+    parser.add_argument("--device", type=device_argument, default=default)
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--sweep", action="store_true", help="kernel variants (CUDA)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    device = torch.device(options.device)
+    device = options.device
     found: dict[str, Any] = {"date": date.today().isoformat()}
     if device.type == "cuda":
         if options.sweep:

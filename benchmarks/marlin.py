@@ -29,6 +29,7 @@ from marlin_backends import BACKENDS, BATCHES, SHAPES, Call, packed, random
 from marlin_report import tables
 from torch import Tensor
 
+from batchery.cli import device_argument
 from batchery.kernels.multi_tensor import tl, triton
 from batchery.kernels.w4a16 import w4a16_matmul
 from batchery.kernels.w4a16_layout import dequantize_w4
@@ -228,7 +229,9 @@ def on_the_cpu() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", type=device_argument, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--seconds", type=float, default=300, help="for everything (CUDA)")
     parser.add_argument("--backends", help="measure these alone, in this process")
     parser.add_argument("--json", type=Path)
@@ -236,7 +239,7 @@ def main() -> None:
     if options.backends:
         found = one_process(options.backends.split(","))
     else:
-        found = on_the_gpu(options.seconds) if options.device == "cuda" else on_the_cpu()
+        found = on_the_gpu(options.seconds) if options.device.type == "cuda" else on_the_cpu()
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     if "backends" in found:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from decode_kernels import EPS, add_norm, attend, join
 from torch import Tensor
 
+from batchery.cli import device_argument
 from batchery.compress.quant import dequantize, pack, quantize_rtn
 from batchery.kernels.w4a16 import w4a16_matmul
 from batchery.kernels.w4a16_layout import PackedW4
@@ -266,7 +267,9 @@ def compare(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", type=device_argument, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--size", choices=SIZES, help="8B on CUDA, else tiny")
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument(
@@ -275,7 +278,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    device = torch.device(options.device)
+    device = options.device
     on_cuda = device.type == "cuda"
     size = SIZES[options.size or ("8B" if on_cuda else "tiny")]
     found: dict[str, Any] = {"date": date.today().isoformat(), "torch": torch.__version__}

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from transformers import get_wsd_schedule as peer_schedule
 
+from batchery.cli import device_argument
 from batchery.optim import WSDScheduler
 from batchery.optim.wind_tunnel import MuP
 from batchery.studies.harness import environment
@@ -182,11 +183,11 @@ def _now(device: torch.device) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default)
+    parser.add_argument("--device", type=device_argument, default=default)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    device = torch.device(options.device)
+    device = options.device
     found: dict[str, Any] = {"date": date.today().isoformat()}
     cpu = torch.device("cpu")
     found["numbers"] = compare_steps(cpu, False, options.repeats)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import hashlib
+import http.client
 import http.server
 import io
 import json
@@ -106,6 +107,16 @@ def test_a_wrong_download_is_never_used_and_the_next_begins_anew(server, cache, 
     assert list((cache / "folder").iterdir()) == []
     server.content = CONTENT
     assert datasets.load("toy") == CONTENT
+
+
+def test_an_answer_that_is_no_http_names_file_reason_and_command(cache, register, monkeypatch):
+    def broken(url, part):
+        raise http.client.IncompleteRead(b"")
+
+    register("http://127.0.0.1:9/toy.bin")
+    monkeypatch.setattr(datasets, "_transfer", broken)
+    with pytest.raises(MissingData, match="'toy' needs folder/toy.bin: .*IncompleteRead"):
+        datasets.load("toy")
 
 
 def test_no_connection_names_file_reason_and_command(cache, register):

@@ -64,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("slugs", nargs="*", metavar="SLUG")
     verb.add_argument("--all", action="store_true", help="every system's study")
     verb.add_argument("--scale", choices=("smoke", "cpu", "gpu"), default="cpu")
-    verb.add_argument("--device", type=_device, help="cpu, cuda, cuda:1, … (default: by scale)")
+    verb.add_argument(
+        "--device", type=device_argument, help="cpu, cuda, cuda:1, … (default: by scale)"
+    )
     verb.add_argument("--seeds", type=_positive, help="how many seeds (default: the study's)")
     verb.add_argument("--results", type=Path, default=None, help="folder for the results")
     verb.add_argument("--report", type=Path, metavar="DIR", help="also write DIR/index.html")
@@ -105,7 +107,8 @@ def _positive(text: str) -> int:
     return value
 
 
-def _device(text: str) -> "torch.device":
+def device_argument(text: str) -> "torch.device":
+    """Return a device for argparse, or say in one line what is wrong with it."""
     import torch
 
     known = re.fullmatch(r"cpu|cuda(?::(\d+))?", text)

@@ -8,6 +8,7 @@ truncated or changed file is an error with a name, never a silent change of a re
 From the command line: `batchery data`, `batchery data mnist gsm8k`.
 """
 
+import http.client
 import json
 import os
 import tarfile
@@ -374,7 +375,7 @@ def _download(name: str, file: File, path: Path) -> Path:
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
         _transfer(file.url, part)
-    except (OSError, urllib.error.URLError) as error:
+    except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
         raise _missing(name, file, f"{file.url} could not be fetched ({error})") from error
     try:
         _verify(name, file, part)

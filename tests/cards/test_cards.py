@@ -52,6 +52,10 @@ def test_a_wrong_card_is_refused_by_name(old, new, message):
 def test_the_nearest_names_are_offered():
     with pytest.raises(UnknownSystem, match="no system is called 'lambda'; the nearest: lamb"):
         find_card("lambda")
+    with pytest.raises(UnknownSystem, match="no system is called 'LAMB'; the nearest: lamb$"):
+        find_card("LAMB")
+    with pytest.raises(UnknownSystem, match="no system is called 'xyzzy'; there are dp-continual"):
+        find_card("xyzzy")
     assert find_card("lamb").slug == "lamb"
 
 

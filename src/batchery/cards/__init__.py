@@ -160,8 +160,11 @@ def find_card(slug: str) -> Card:
     """
     cards = {card.slug: card for card in load_cards()}
     if slug not in cards:
-        near = difflib.get_close_matches(slug, cards, n=3, cutoff=0.4) or sorted(cards)
-        raise UnknownSystem(f"no system is called {slug!r}; the nearest: {', '.join(near)}")
+        near = difflib.get_close_matches(slug.lower(), cards, n=3, cutoff=0.4)
+        names = (
+            f"the nearest: {', '.join(near)}" if near else f"there are {', '.join(sorted(cards))}"
+        )
+        raise UnknownSystem(f"no system is called {slug!r}; {names}")
     return cards[slug]
 
 

@@ -201,7 +201,8 @@ def html_report(results: Path, entries: Sequence[tuple[str, str]], folder: Path)
                 "verdict": verdict_line(result),
                 "provenance": provenance(result),
                 "figure": base64.b64encode(svg.read_bytes()).decode() if svg.is_file() else None,
-                "seconds": sum(r["seconds"] for arm in result["arms"] for r in arm["runs"]),
+                "seconds": (result["prepared"] or {"seconds": 0.0})["seconds"]
+                + sum(r["seconds"] for arm in result["arms"] for r in arm["runs"]),
             }
         )
     loader = jinja2.PackageLoader("batchery.studies", ".")
