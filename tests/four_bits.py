@@ -2,8 +2,10 @@
 """What tests of four-bit layers share: weights, inputs, a small model, a few steps of training."""
 
 import torch
+import torch.nn.functional as F
 
 from batchery.compress.quant import QuantizedWeight
+from batchery.kernels.w4a16_layout import dequantize_w4
 
 
 def draw(n, k, group, zeros=False, act_order=False, seed=0):
@@ -50,3 +52,24 @@ def llama(layers=2, seed=0):
 def ids(rows=6, length=24, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 64, (rows, length), generator=generator)
+
+
+def products(weight, m, extra, both):
+    """Yield x, bias, their product with the weight in float64, and the tolerance.
+
+    In float16 and, if both, in bfloat16; extra says whether there is a bias.
+    """
+    n, k = weight.shape
+    device = weight.words.device
+    w = dequantize_w4(weight, torch.float64)
+    generator = torch.Generator(device).manual_seed(1)
+    dtypes = {torch.float16: 1e-3, torch.bfloat16: 4e-3} if both else {torch.float16: 1e-3}
+    for dtype, tolerance in dtypes.items():
+        x = torch.randn(m, k, device=device, generator=generator).to(dtype)
+        bias = torch.randn(n, device=device, generator=generator).to(dtype)
+        bias = bias if "bias" in extra else None
+        wanted = x.double() @ w.T + (0 if bias is None else bias.double())
+        if weight.gated:
+            wanted = F.silu(wanted[:, : n // 2]) * wanted[:, n // 2 :]
+            bias = None if bias is None else torch.stack(bias.chunk(2), 1).flatten()
+        yield x, bias, wanted, tolerance

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from four_bits import draw
+from four_bits import draw, products
 
 from batchery.kernels import w4a16_narrow
 from batchery.kernels.w4a16 import w4a16_matmul
@@ -301,20 +301,10 @@ def test_the_kernel_follows_the_equation(form, name):
     n, k, group, m, extra = CASES[name]
     gated = "gated" in extra
     weight = pack(n, k, group, "zeros" in extra, gated)
-    w = dequantize_w4(weight, torch.float64)
-    generator = torch.Generator("cuda").manual_seed(1)
-    dtypes = {torch.float16: 1e-3, torch.bfloat16: 4e-3} if name == "odd" else {torch.float16: 1e-3}
-    for dtype, tolerance in dtypes.items():
-        x = torch.randn(m, k, device="cuda", generator=generator).to(dtype)
+    for x, bias, wanted, tolerance in products(weight, m, extra, both=name == "odd"):
         assert fits(x, weight)
-        bias = torch.randn(n, device="cuda", generator=generator).to(dtype)
-        bias = bias if "bias" in extra else None
-        wanted = x.double() @ w.T + (0 if bias is None else bias.double())
-        if gated:
-            wanted = F.silu(wanted[:, : n // 2]) * wanted[:, n // 2 :]
-            bias = torch.stack(bias.chunk(2), 1).flatten()
         for split in (1, 2, 3, 16):
-            out = torch.full((m, n // 2 if gated else n), torch.nan, dtype=dtype, device="cuda")
+            out = torch.full((m, n // 2 if gated else n), torch.nan, dtype=x.dtype, device="cuda")
             launch(x, weight, form, split, bias=bias, out=out)
             assert close(out, wanted, tolerance), split
     assert int(weight.counters.abs().sum()) == 0

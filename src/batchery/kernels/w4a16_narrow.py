@@ -28,20 +28,7 @@ from torch import Tensor
 from batchery.kernels.multi_tensor import on_its_device
 from batchery.kernels.w4a16_layout import CHUNK, NIBBLES, PackedW4
 from batchery.kernels.w4a16_tiles import Runners, aligned, run
-from batchery.kernels.w4a16_wide import nibble_asm, swizzled
-
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        mbarrier,
-        tma,
-        warpgroup_mma,
-        warpgroup_mma_wait,
-    )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-except ImportError:  # no Triton, or one without Gluon
-    gluon = None
+from batchery.kernels.w4a16_wide import gluon, nibble_asm, swizzled
 
 __all__ = ["Narrow", "launch"]
 
@@ -131,7 +118,16 @@ def _prepared(
 
 
 if gluon is not None:
-    from batchery.kernels.w4a16_wide import barrier, slice_weights
+    from batchery.kernels.w4a16_wide import (
+        TensorDescriptor,
+        barrier,
+        gl,
+        mbarrier,
+        slice_weights,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
 
     BEGIN = gl.constexpr("griddepcontrol.launch_dependents; mov.b32 $0, 0;")
     WAIT = gl.constexpr("griddepcontrol.wait; mov.b32 $0, 0;")

@@ -45,7 +45,23 @@ try:
 except ImportError:  # no Triton, or one without Gluon
     gluon = None
 
-__all__ = ["Share", "Wide", "fits", "launch", "nibble_asm", "slice_weights", "swizzled"]
+__all__ = [
+    "Share",
+    "TensorDescriptor",
+    "Wide",
+    "barrier",
+    "fits",
+    "gl",
+    "gluon",
+    "launch",
+    "mbarrier",
+    "nibble_asm",
+    "slice_weights",
+    "swizzled",
+    "tma",
+    "warpgroup_mma",
+    "warpgroup_mma_wait",
+]
 
 WIDEST = 128  # rows of x of one matrix instruction here
 OPTIONS = {"num_warps": 4, "maxnreg": 168}
