@@ -150,6 +150,13 @@ def compare(
             line += f"   {limit / time_:5.2f} of the copy bandwidth at {WORDS[name]} words"
         print(line, flush=True)
         del optimizer
+    for name, ours in (("timm Lamb", "LAMB"), ("timm Lars", "LARS")):
+        peer, own = builds[name], builds[ours]
+        if peer is not None and own is not None:
+            steps = (build(make(shapes, device)).step for build in (peer, own))
+            time_, own_time = in_turns(*steps, device, max(5, repeats // 4), between)
+            rows[name]["over_ours"] = time_ / own_time
+            print(f"{name:14s} {'':9s}      {time_ / own_time:6.2f} x {ours}, in turns with it")
     return rows
 
 
@@ -175,7 +182,7 @@ def sweep(device: torch.device) -> list[dict[str, Any]]:
                         table=table,
                         block=block,
                         warps=warps,
-                    )
+                    ).finish()
 
                 ms = seconds(step, device, 10) * 1e3
                 rows.append({"chunk": chunk, "block": block, "warps": warps, "ms": ms})

@@ -100,7 +100,7 @@ def close(found, wanted, tolerance):
 def test_every_form_follows_the_equations_in_float64(impl, name):
     rule = LambRule(**RULES[name])
     params, ratios = run(
-        rule, torch.float64, "cpu", lambda *lists: lamb_step_(*lists, rule, 0.1, impl=impl)
+        rule, torch.float64, "cpu", lambda *lists: lamb_step_(*lists, rule, 0.1, impl=impl).finish()
     )
     wanted, wanted_ratios = oracle(rule)
     close(params, wanted, 1e-10)
@@ -113,7 +113,7 @@ def test_the_kernels_follow_the_equations(rule, kernel_device):
     table = ChunkTable(draw(torch.float32), blocks=rule.blocks, chunk=512, device=kernel_device)
 
     def step(*lists):
-        return fused_cuda(lists, rule, 0.1, table, block=128, warps=4)
+        return fused_cuda(lists, rule, 0.1, table, block=128, warps=4).finish()
 
     params, ratios = run(rule, torch.float32, kernel_device, step)
     wanted, wanted_ratios = oracle(rule)
@@ -127,10 +127,10 @@ def test_low_precision_parameters_keep_float32_moments(dtype, kernel_device):
     table = ChunkTable(draw(torch.float32), chunk=512, device=kernel_device)
 
     def fused(*lists):
-        return fused_cuda(lists, rule, 0.1, table, block=128, warps=4)
+        return fused_cuda(lists, rule, 0.1, table, block=128, warps=4).finish()
 
     def foreach(*lists):
-        return lamb_step_(*lists, rule, 0.1, impl="foreach")
+        return lamb_step_(*lists, rule, 0.1, impl="foreach").finish()
 
     kinds = {"count": 1, "state_dtype": torch.float32}
     found, ratios = run(rule, dtype, kernel_device, fused, **kinds)
@@ -153,7 +153,7 @@ def test_unaligned_views_and_tensor_rates(kernel_device):
         lists += [[torch.ones((), device=kernel_device)]]
         rate = torch.tensor(0.1, device=kernel_device)
         table = ChunkTable(params, chunk=256)
-        fused_cuda(lists, rule, rate, table, block=128, warps=4)
+        fused_cuda(lists, rule, rate, table, block=128, warps=4).finish()
         results.append(params[0].clone())
     assert torch.equal(*results)
 
@@ -176,7 +176,7 @@ def test_found_inf_leaves_everything_alone(kernel_device):
         found_inf=torch.ones((), device=kernel_device),
         block=128,
         warps=4,
-    )
+    ).finish()
     assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
     assert all(float(m.abs().sum()) == 0 for ms in moments for m in ms)
     assert ratios.tolist() == [1.0] * len(params)  # as on the CPU
@@ -190,7 +190,7 @@ def test_a_nan_stays_in_its_tensor_and_reaches_all_of_it(kernel_device):
     grads = [torch.ones_like(p) for p in params]
     grads[1][0, 0] = torch.nan
     table = ChunkTable(params, chunk=512)
-    fused_cuda((params, grads, *moments, steps), rule, 0.1, table, block=128, warps=4)
+    fused_cuda((params, grads, *moments, steps), rule, 0.1, table, block=128, warps=4).finish()
     assert [bool(p.isnan().all()) for p in params] == [False, True, False, False, False]
     assert [bool(p.isnan().any()) for p in params] == [False, True, False, False, False]
 
@@ -212,9 +212,9 @@ def test_gradients_are_left_as_they_are(kernel_device):
         lists += [[torch.ones((), device=kernel_device) for _ in params]]
         before = [g.clone() for g in lists[1]]
         if form == "kernel":
-            fused_cuda(lists, rule, 0.1, ChunkTable(params), grad_divisor=divisor)
+            fused_cuda(lists, rule, 0.1, ChunkTable(params), grad_divisor=divisor).finish()
         else:
-            lamb_step_(*lists, rule, 0.1, impl=form, grad_divisor=divisor)
+            lamb_step_(*lists, rule, 0.1, impl=form, grad_divisor=divisor).finish()
         assert all(torch.equal(a, b) for a, b in zip(lists[1], before, strict=True))
 
 
@@ -227,7 +227,7 @@ def test_a_hundred_runs_give_the_same_bits():
         lists = [params, draw(torch.float32, "cuda", seed=1, shapes=shapes)]
         lists += [[torch.zeros_like(p) for p in params] for _ in range(2)]
         lists += [[torch.ones((), device="cuda") for _ in params]]
-        lamb_step_(*lists, rule, 0.1, impl="fused")
+        lamb_step_(*lists, rule, 0.1, impl="fused").finish()
         results.append(params)
     assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(r, results[0], strict=True))
 
@@ -240,6 +240,6 @@ def test_large_tensors_against_float64():
     lists += [[torch.zeros_like(p) for p in wide] for _ in range(2)]
     lists += [[torch.ones((), device="cuda") for _ in wide]]
     narrow = [[t.float() for t in tensors] for tensors in lists]
-    lamb_step_(*narrow, rule, 0.1, impl="fused")
-    lamb_step_(*lists, rule, 0.1, impl="single")
+    lamb_step_(*narrow, rule, 0.1, impl="fused").finish()
+    lamb_step_(*lists, rule, 0.1, impl="single").finish()
     close(narrow[0], [p.cpu() for p in wide], 1e-5)

@@ -106,7 +106,7 @@ def test_every_form_follows_the_equations_in_float64(impl, name):
     rule = LarsRule(**RULES[name])
 
     def step(params, grads, buffers, lr, first):
-        lars_step_(params, grads, buffers, rule, lr, first=first, impl=impl)
+        lars_step_(params, grads, buffers, rule, lr, first=first, impl=impl).finish()
 
     check(run(rule, torch.float64, "cpu", step), rule, 1e-10)
 
@@ -120,7 +120,7 @@ def test_the_kernels_follow_the_equations(rule, tensor_rate, kernel_device):
     def step(params, grads, buffers, lr, first):
         rate = torch.tensor(lr, device=kernel_device) if tensor_rate else lr
         lists = (params, grads, buffers or params)
-        fused_cuda(lists, rule, rate, table, first=first, block=128, warps=4)
+        fused_cuda(lists, rule, rate, table, first=first, block=128, warps=4).finish()
 
     check(run(rule, torch.float32, kernel_device, step), rule, 1e-5)
 
@@ -131,7 +131,7 @@ def test_zero_weights_and_zero_gradients_have_rate_one(kernel_device):
     grads = [torch.ones(5, device=kernel_device), torch.zeros(5, device=kernel_device)]
     buffers = [torch.zeros_like(p) for p in params]
     table = ChunkTable(params)
-    ratios = fused_cuda((params, grads, buffers), rule, 0.5, table, first=True)
+    ratios = fused_cuda((params, grads, buffers), rule, 0.5, table, first=True).finish()
     assert ratios.tolist() == [1.0, 1.0]
     assert params[0].tolist() == [-0.5] * 5
 
@@ -144,7 +144,7 @@ def test_found_inf_leaves_everything_alone(kernel_device):
     flag = torch.ones((), device=kernel_device)
     lists, table = (params, grads, buffers), ChunkTable(params)
     table.partials[0], table.partials[1] = 4.0, 9.0  # of an earlier step
-    ratios = fused_cuda(lists, LarsRule(), 0.1, table, first=True, found_inf=flag)
+    ratios = fused_cuda(lists, LarsRule(), 0.1, table, first=True, found_inf=flag).finish()
     assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
     assert all(float(b.abs().sum()) == 0 for b in buffers)
     assert ratios.tolist() == [1.0] * len(params)  # as on the CPU

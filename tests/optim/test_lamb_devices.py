@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from batchery.optim import LAMB, LARS, layer_adaptation_groups
+from batchery.optim.shards import sum_together
 
 KINDS = {
     LAMB: {"lr": 0.1, "max_grad_norm": 0.5},
@@ -24,8 +25,11 @@ def sharded_net(between):
 
 
 def train_sharded(model, kind, place=0, parts=1):
-    """Take three steps on every `parts`-th row; return the trust ratios."""
-    optimizer = kind(layer_adaptation_groups(model, 0.01), **KINDS[kind])
+    """Take three steps on every `parts`-th row, each matrix a group; return the trust ratios."""
+    groups = layer_adaptation_groups(model, 0.01)
+    groups += [{**groups[0], "params": [p], "lr": 0.05} for p in groups[0]["params"][1:]]
+    groups[0]["params"] = groups[0]["params"][:1]
+    optimizer = kind(groups, **KINDS[kind])
     data = torch.Generator().manual_seed(1)
     for _ in range(3):
         x = torch.randn(8, 7, generator=data).double()
@@ -94,8 +98,23 @@ def test_sharded_by_fsdp2_they_step_as_on_one_process():
     found = run_on_ranks(_fsdp)
     assert_like_one_process(found, lambda: nn.LayerNorm(6))
     for (*_, lamb), (*_, lars) in found:
-        assert lamb == [1, 4] * 3  # a step: the clip's square, then all tensors that adapt
+        assert lamb == [1, 4] * 3  # a step: the clip's square, then all groups that adapt
         assert lars == [4] * 3
+
+
+def test_one_reduction_sums_tensors_of_several_shapes_and_dtypes():
+    calls = []
+
+    def reduce(squares):
+        calls.append(squares.dtype)
+        return squares * 3
+
+    own = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1 / 3], [0.1]]).double()
+    single, double = sum_together(own, reduce)
+    assert calls == [torch.float64]
+    assert single.dtype == torch.float32
+    assert torch.equal(single, own[0] * 3)
+    assert torch.equal(double, own[1] * 3)
 
 
 @pytest.mark.dist

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Oracles of the batch sampler under all others. What every sampler owes is in tests/contracts."""
 
+import json
 import random
 from collections import Counter
 from itertools import islice
@@ -203,6 +204,71 @@ def test_a_new_size_holds_from_the_next_batch_and_in_later_epochs():
     again = ResumableBatchSampler(10, 4, drop_last=True)
     again.load_state_dict(shrunk.state_dict())
     assert [len(list(sampler)) for sampler in (shrunk, again)] == [5, 5]
+
+
+def test_a_shape_comes_with_every_index_until_it_is_taken_back():
+    sampler = ResumableBatchSampler(20, 4, shuffle=False)
+    batches = iter(sampler)
+    assert next(batches) == [0, 1, 2, 3]
+    sampler.set_batch_size(2, shape=[8, 112])
+    assert sampler.shape == (8, 112)
+    assert next(batches) == [(4, (8, 112)), (5, (8, 112))]
+    sampler.set_batch_size(3)
+    assert next(batches) == [(index, (8, 112)) for index in (6, 7, 8)]
+    sampler.set_batch_size(3, shape=())
+    assert next(batches) == [9, 10, 11]
+    with pytest.raises(ValueError, match=r"shape\[1\] must be >= 1, got 0"):
+        sampler.set_batch_size(3, shape=(4, 0))
+    with pytest.raises(TypeError, match=r"shape\[0\] must be an integer"):
+        sampler.set_batch_size(3, shape=(4.5,))
+    assert sampler.shape == ()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_changes_of_shape_resume_from_a_state_in_json(seed):
+    draw = random.Random(seed)
+    sampler = ResumableBatchSampler(60, 4, generator=seeded(seed))
+    stream, states = [], []
+    for batch in sampler:
+        stream.append(batch)
+        behind = max(0, len(stream) - draw.randrange(4))
+        states.append((behind, json.dumps(sampler.state_dict(consumed=behind))))
+        if draw.random() < 0.5:
+            shape = draw.choice(((), (8,), (4, 16)))
+            sampler.set_batch_size(draw.randint(1, 6), shape)
+    for position, (behind, state) in enumerate(states[:-1]):
+        resumed = ResumableBatchSampler(60, 4)
+        resumed.load_state_dict(json.loads(state))
+        rest = list(resumed)
+        assert rest[: position + 1 - behind] == stream[behind : position + 1]
+
+
+class Clips:
+    """Examples that are as long as they are asked to be."""
+
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, key):
+        index, (frames,) = key
+        return torch.full((frames,), index)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_gives_batches_of_the_shape_and_resumes_in_it(workers):
+    sampler = ResumableBatchSampler(32, 4)
+    sampler.set_batch_size(8, shape=(3,))
+    loader = DataLoader(Clips(), batch_sampler=sampler, num_workers=workers)
+    batches = iter(loader)
+    first = next(batches)
+    assert first.shape == (8, 3)
+    state = sampler.state_dict(consumed=1)
+    rest = list(batches)
+    resumed = ResumableBatchSampler(32, 4)
+    resumed.load_state_dict(state)
+    again = list(DataLoader(Clips(), batch_sampler=resumed, num_workers=workers))
+    assert len(again) == len(rest) == 3
+    assert all(torch.equal(a, b) for a, b in zip(again, rest, strict=True))
 
 
 def test_a_run_on_two_ranks_resumes_on_one():

@@ -4,16 +4,17 @@
 The update is stated in `batchery.optim.lamb`; its arithmetic is here, once per form:
 
     single    a loop over tensors, the reference that the others are tested against
-    foreach   torch's multi-tensor operations; 13 passes over memory
+    foreach   torch's multi-tensor operations; 12 passes over memory
     fused     two passes over all tensors, by Triton on CUDA and by C on the CPU: 10 words of
               traffic per parameter (the norm of the update needs all of it, so two passes are
               the fewest)
 
+Between the passes stand the norms, as a `HalfStep`: ranks that share tensors add theirs up there.
 No form waits for the device or changes a gradient.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,17 +26,16 @@ from batchery.kernels.multi_tensor import (
     BLOCK,
     WARPS,
     ChunkTable,
+    HalfStep,
     Impl,
     on_its_device,
+    pair_of_norms,
     prepared_grads,
     segment_rows,
-    squared_norms,
     tl,
     triton,
     triton_dtype,
 )
-
-Reduce = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,9 @@ def lamb_step_(
     impl: Impl,
     grad_divisor: Tensor | None = None,
     found_inf: Tensor | None = None,
-    reduce_norms: Reduce | None = None,
     table: ChunkTable | None = None,
-) -> Tensor:
-    """Update parameters and moments in place by one LAMB step.
+) -> HalfStep:
+    """Update moments in place by one LAMB step; `finish()` of what it returns does the parameters.
 
     Args:
         params: n tensors of one dtype on one device.
@@ -97,12 +96,11 @@ def lamb_step_(
         impl: which form.
         grad_divisor: 0-d tensor that gradients are divided by (clipping, loss scale).
         found_inf: 0-d tensor; where it is 1 nothing is updated. Fused form only.
-        reduce_norms: given the squared norms `(2, segments)` of parameters and updates on this
-            rank, returns their sum over the ranks that share the tensors.
         table: chunk table of `params` for the fused form, built for `rule.blocks`.
 
     Returns:
-        The trust ratio of each segment, `(n · blocks,)`, on the device.
+        The step after its first pass, with the squared norms `(2, n · blocks)` of parameters and
+        updates; finished, it gives the trust ratio of each segment, `(n · blocks,)`.
     """
     if impl == "fused":
         if table is None:
@@ -116,7 +114,6 @@ def lamb_step_(
                 table,
                 grad_divisor=grad_divisor,
                 found_inf=found_inf,
-                reduce=reduce_norms,
             )
     grads = prepared_grads(grads, exp_avgs[0].dtype, grad_divisor, rule.maximize)
     if impl == "foreach":
@@ -126,10 +123,14 @@ def lamb_step_(
             _direction(*tensors, rule)
             for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
         ]
-    ratios = _ratios(params, directions, rule, reduce_norms)
     apply = _apply_foreach if impl == "foreach" else _apply_single
-    apply(params, directions, ratios, rule, lr)
-    return ratios
+
+    def finish(squares: Tensor) -> Tensor:
+        ratios = trust_ratios(squares, rule)
+        apply(params, directions, ratios, rule, lr)
+        return ratios
+
+    return HalfStep(pair_of_norms(params, directions, rule.blocks, rule.adapt), finish)
 
 
 def trust_ratios(squares: Tensor, rule: LambRule) -> Tensor:
@@ -139,7 +140,7 @@ def trust_ratios(squares: Tensor, rule: LambRule) -> Tensor:
     finite makes the ratio NaN: an overflow must not freeze its layer unseen.
     """
     if not rule.adapt:
-        return torch.ones_like(squares[0])
+        return squares.new_ones(squares.shape[1])
     weight, update = squares.sqrt().unbind(0)
     size = weight if rule.norm_clip is None else weight.clamp(*rule.norm_clip)
     ratio = size / update + 0 * update
@@ -177,16 +178,18 @@ def _directions_foreach(
     steps: list[Tensor],
     rule: LambRule,
 ) -> list[Tensor]:
-    torch._foreach_mul_(exp_avgs, rule.beta1)
-    torch._foreach_add_(exp_avgs, grads, alpha=rule.gain)
+    if rule.grad_averaging:
+        torch._foreach_lerp_(exp_avgs, grads, 1 - rule.beta1)
+    else:
+        torch._foreach_mul_(exp_avgs, rule.beta1)
+        torch._foreach_add_(exp_avgs, grads)
     torch._foreach_mul_(exp_avg_sqs, rule.beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - rule.beta2)
     roots = torch._foreach_sqrt(exp_avg_sqs)
-    if rule.bias_correction:
-        firsts, second_roots = _foreach_corrections(steps, rule)
-        torch._foreach_div_(roots, second_roots)
-        torch._foreach_add_(roots, rule.eps)
-        torch._foreach_mul_(roots, firsts)
+    if rule.bias_correction:  # m/c1 / (√v/√c2 + eps) = m / (√v · c1/√c2 + c1 · eps): a pass less
+        factors, terms = _foreach_corrections(steps, rule)
+        torch._foreach_mul_(roots, factors)
+        torch._foreach_add_(roots, terms)
     else:
         torch._foreach_add_(roots, rule.eps)
     directions: list[Tensor] = list(torch._foreach_div(exp_avgs, roots))
@@ -198,23 +201,12 @@ def _directions_foreach(
 
 
 def _foreach_corrections(steps: list[Tensor], rule: LambRule) -> tuple[list[Any], list[Any]]:
-    """Return 1 - β1^t and sqrt(1 - β2^t) of each tensor, on the device by a few launches in all."""
+    """Return c1 / √c2 and c1 · eps of each tensor, c = 1 - β^t; on the device by few launches."""
     if steps[0].is_cpu:
-        firsts, seconds = zip(*(bias_corrections(step, rule) for step in steps), strict=True)
-        return list(firsts), [second**0.5 for second in seconds]
-    first, second = (torch.as_tensor(c) for c in bias_corrections(torch.stack(steps), rule))
-    return list(first.unbind()), list(second.sqrt().unbind())
-
-
-def _ratios(
-    params: list[Tensor], directions: list[Tensor], rule: LambRule, reduce: Reduce | None
-) -> Tensor:
-    dtype = directions[0].dtype if directions[0].dtype == torch.float64 else torch.float32
-    if not rule.adapt:
-        count = len(params) * rule.blocks
-        return torch.ones(count, dtype=dtype, device=directions[0].device)
-    squares = torch.stack([squared_norms(t, rule.blocks, dtype) for t in (params, directions)])
-    return trust_ratios(squares if reduce is None else reduce(squares), rule)
+        pairs = [bias_corrections(step, rule) for step in steps]
+        return [c1 / c2**0.5 for c1, c2 in pairs], [c1 * rule.eps for c1, _ in pairs]
+    c1, c2 = (torch.as_tensor(c) for c in bias_corrections(torch.stack(steps), rule))
+    return list((c1 / c2.sqrt()).unbind()), list((c1 * rule.eps).unbind())
 
 
 def _apply_single(
@@ -268,13 +260,13 @@ def _fused_cpu(
     *,
     grad_divisor: Tensor | None,
     found_inf: Tensor | None,
-    reduce: Reduce | None,
-) -> Tensor:
+) -> HalfStep:
     """Step (params, grads, exp_avgs, exp_avg_sqs, steps) by the C kernels."""
     *tensors, steps = lists
     dtype = tensors[0][0].dtype
     if found_inf is not None and found_inf:
-        return torch.ones(len(table.segments), dtype=dtype)
+        none = torch.empty(2, len(table.segments), dtype=dtype)
+        return HalfStep(none, lambda squares: squares.new_ones(squares.shape[1]))
     first, second = (
         torch.as_tensor(c, dtype=torch.float64)
         for c in bias_corrections(torch.stack(steps).double(), rule)
@@ -295,13 +287,14 @@ def _fused_cpu(
         1.0 - rule.beta2,
         -scale if rule.maximize else scale,
     )
-    squares = table.segment_sums_of(partials)
-    if reduce is not None and rule.adapt:
-        squares = reduce(squares)
-    ratios = trust_ratios(squares, rule)
-    decay = rule.weight_decay if rule.decoupled else 0.0
-    native.call("lamb_apply", table, tensors, *common, ratios, float(lr), 1.0 - float(lr) * decay)
-    return ratios
+
+    def finish(squares: Tensor) -> Tensor:
+        ratios, rate = trust_ratios(squares, rule), float(lr)
+        keep = 1.0 - rate * rule.weight_decay if rule.decoupled else 1.0
+        native.call("lamb_apply", table, tensors, *common, ratios, rate, keep)
+        return ratios
+
+    return HalfStep(table.segment_sums_of(partials), finish)
 
 
 def fused_cuda(
@@ -312,10 +305,9 @@ def fused_cuda(
     *,
     grad_divisor: Tensor | None = None,
     found_inf: Tensor | None = None,
-    reduce: Reduce | None = None,
     block: int = BLOCK,
     warps: int = WARPS,
-) -> Tensor:
+) -> HalfStep:
     """Step (params, grads, exp_avgs, exp_avg_sqs, steps) by the Triton kernels."""
     addresses, aligned = table.addresses(*lists)
     params, grads, moments = lists[:3]
@@ -343,23 +335,25 @@ def fused_cuda(
         NEGATE=rule.maximize,
         **shared,
     )
-    squares = table.segment_sums()
-    if reduce is not None and rule.adapt:
-        squares = reduce(squares)
-    ratios = trust_ratios(squares, rule)
-    decay = rule.weight_decay if rule.decoupled else 0.0
-    _lamb_apply[grid](
-        *common,
-        ratios,
-        lr,
-        decay,
-        found_inf,
-        TENSOR_LR=isinstance(lr, Tensor),
-        **shared,
-    )
-    if found_inf is None:
-        return ratios
-    return ratios.masked_fill(found_inf != 0, 1.0)  # a skipped step has none
+
+    def finish(squares: Tensor) -> Tensor:
+        ratios = trust_ratios(squares, rule)
+        decay = rule.weight_decay if rule.decoupled else 0.0
+        with on_its_device(params[0]):
+            _lamb_apply[grid](
+                *common,
+                ratios,
+                lr,
+                decay,
+                found_inf,
+                TENSOR_LR=isinstance(lr, Tensor),
+                **shared,
+            )
+        if found_inf is None:
+            return ratios
+        return ratios.masked_fill(found_inf != 0, 1.0)  # a skipped step has none
+
+    return HalfStep(table.segment_sums(), finish)
 
 
 if triton is not None:

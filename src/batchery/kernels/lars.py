@@ -8,10 +8,11 @@ The update is stated in `batchery.optim.lars`; its arithmetic is here, once per 
     fused     two passes over all tensors, norms and step, by Triton on CUDA and by C on the CPU
 
 The momentum variant takes the norm of the buffer after its update, so there the first launch
-updates the buffer and the second applies it. No form waits for the device or changes a gradient.
+updates the buffer and the second applies it. Between the passes stand the norms, as a `HalfStep`:
+ranks that share tensors add theirs up there. No form waits for the device or changes a gradient.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,11 +24,12 @@ from batchery.kernels.multi_tensor import (
     BLOCK,
     WARPS,
     ChunkTable,
+    HalfStep,
     Impl,
     on_its_device,
+    pair_of_norms,
     prepared_grads,
     segment_rows,
-    squared_norms,
     tl,
     triton,
     triton_dtype,
@@ -68,10 +70,9 @@ def lars_step_(
     impl: Impl,
     grad_divisor: Tensor | None = None,
     found_inf: Tensor | None = None,
-    reduce_norms: Callable[[Tensor], Tensor] | None = None,
     table: ChunkTable | None = None,
-) -> Tensor:
-    """Update parameters and momentum buffers in place by one LARS step.
+) -> HalfStep:
+    """Begin a LARS step; `finish()` of what it returns writes the parameters, in place.
 
     Args:
         params: n tensors of one dtype on one device.
@@ -84,12 +85,12 @@ def lars_step_(
         impl: which form.
         grad_divisor: 0-d tensor that gradients are divided by (loss scale).
         found_inf: 0-d tensor; where it is 1 nothing is updated. Fused form only.
-        reduce_norms: given the squared norms `(2, segments)` on this rank, returns their sum
-            over the ranks that share the tensors.
         table: chunk table of `params` for the fused form, built for `rule.blocks`.
 
     Returns:
-        The local learning-rate factor of each segment, `(n · blocks,)`, on the device.
+        The step after its first pass, with the squared norms `(2, n · blocks)` of parameters and
+        of what the variant measures; finished, it gives the local rate of each segment,
+        `(n · blocks,)`.
     """
     if impl == "fused":
         if table is None:
@@ -104,7 +105,6 @@ def lars_step_(
                 first=first,
                 grad_divisor=grad_divisor,
                 found_inf=found_inf,
-                reduce=reduce_norms,
             )
     wide_dtype = momentum_buffers[0].dtype if momentum_buffers else params[0].dtype
     grads = prepared_grads(grads, wide_dtype, grad_divisor, rule.maximize)
@@ -113,15 +113,19 @@ def lars_step_(
     decayed = list(torch._foreach_add(grads, wide, alpha=rule.weight_decay))
     if rule.variant == "momentum" and rule.adapt:
         _average(momentum_buffers, decayed, rule, first)
-        ratios = _ratios(wide, momentum_buffers, rule, lr, reduce_norms)
-        form(wide, list(momentum_buffers), [], ratios, rule, lr, first)
+        measured, moved, buffers = momentum_buffers, list(momentum_buffers), []
     else:
         measured = decayed if rule.variant == "update" else grads
-        ratios = _ratios(wide, measured, rule, lr, reduce_norms)
-        form(wide, decayed, list(momentum_buffers), ratios, rule, lr, first)
-    if wide_dtype != params[0].dtype:
-        torch._foreach_copy_(params, wide)
-    return ratios
+        moved, buffers = decayed, list(momentum_buffers)
+
+    def finish(squares: Tensor) -> Tensor:
+        ratios = local_rates(squares, rule, lr)
+        form(wide, moved, buffers, ratios, rule, lr, first)
+        if wide_dtype != params[0].dtype:
+            torch._foreach_copy_(params, wide)
+        return ratios
+
+    return HalfStep(pair_of_norms(wide, measured, rule.blocks, rule.adapt), finish)
 
 
 def local_rates(squares: Tensor, rule: LarsRule, lr: float | Tensor) -> Tensor:
@@ -130,7 +134,7 @@ def local_rates(squares: Tensor, rule: LarsRule, lr: float | Tensor) -> Tensor:
     A zero parameter or gradient has rate 1; a norm that is not finite makes it NaN.
     """
     if not rule.adapt:
-        return torch.ones_like(squares[0])
+        return squares.new_ones(squares.shape[1])
     weight, update = squares.sqrt().unbind(0)
     bottom = update + rule.eps
     if rule.variant == "grad":
@@ -138,20 +142,6 @@ def local_rates(squares: Tensor, rule: LarsRule, lr: float | Tensor) -> Tensor:
     rate = rule.trust_coefficient * weight / bottom + 0 * update
     rate = torch.where((weight == 0) | (update == 0), torch.ones_like(rate), rate)
     return (rate / lr).clamp(max=1.0) if rule.trust_clip else rate
-
-
-def _ratios(
-    params: list[Tensor],
-    measured: list[Tensor],
-    rule: LarsRule,
-    lr: float | Tensor,
-    reduce: Callable[[Tensor], Tensor] | None,
-) -> Tensor:
-    dtype = torch.float64 if params[0].dtype == torch.float64 else torch.float32
-    if not rule.adapt:
-        return torch.ones(len(params) * rule.blocks, dtype=dtype, device=params[0].device)
-    squares = torch.stack([squared_norms(t, rule.blocks, dtype) for t in (params, measured)])
-    return local_rates(squares if reduce is None else reduce(squares), rule, lr)
 
 
 def _average(buffers: list[Tensor], decayed: list[Tensor], rule: LarsRule, first: bool) -> None:
@@ -237,35 +227,38 @@ def _fused_cpu(
     first: bool,
     grad_divisor: Tensor | None,
     found_inf: Tensor | None,
-    reduce: Callable[[Tensor], Tensor] | None,
-) -> Tensor:
+) -> HalfStep:
     """Step (params, grads, momentum buffers) by the C kernels."""
     dtype = lists[0][0].dtype
+    squares = torch.empty(2, len(table.segments), dtype=dtype)  # read where the rule adapts
     if found_inf is not None and found_inf:
-        return torch.ones(len(table.segments), dtype=dtype)
+        return HalfStep(squares, lambda squares: squares.new_ones(squares.shape[1]))
     average = rule.variant == "momentum" and rule.adapt
     scale = 1.0 if grad_divisor is None else 1.0 / float(grad_divisor)
     scale = -scale if rule.maximize else scale
     decay, old = rule.weight_decay, 0.0 if first else rule.momentum
-    ratios = torch.ones(len(table.segments), dtype=dtype)
     if rule.adapt:
         partials = torch.empty(2, len(table.chunks), dtype=dtype)
         counted = 0.0 if rule.variant == "grad" else decay
         new = 1.0 - rule.momentum
         native.call("lars_norms", table, lists, partials, scale, counted, old, new, average)
         squares = table.segment_sums_of(partials)
-        ratios = local_rates(squares if reduce is None else reduce(squares), rule, lr)
-    if average:
-        native.call("lars_apply_average", table, lists, ratios, float(lr))
+
+    def finish(squares: Tensor) -> Tensor:
+        ratios = local_rates(squares, rule, lr)
+        if average:
+            native.call("lars_apply_average", table, lists, ratios, float(lr))
+            return ratios
+        new = _buffer_weight(rule, first)
+        inner, outer = (float(lr), 1.0) if rule.lr_in_momentum else (1.0, float(lr))
+        direct, held = 1.0, 0.0
+        if rule.momentum:
+            direct, held = (1.0, rule.momentum) if rule.nesterov else (0.0, 1.0)
+        tail = (scale, decay, old, new, inner, outer, direct, held)
+        native.call("lars_apply", table, lists, ratios, *tail)
         return ratios
-    new = _buffer_weight(rule, first)
-    inner, outer = (float(lr), 1.0) if rule.lr_in_momentum else (1.0, float(lr))
-    direct, held = 1.0, 0.0
-    if rule.momentum:
-        direct, held = (1.0, rule.momentum) if rule.nesterov else (0.0, 1.0)
-    tail = (scale, decay, old, new, inner, outer, direct, held)
-    native.call("lars_apply", table, lists, ratios, *tail)
-    return ratios
+
+    return HalfStep(squares, finish)
 
 
 def fused_cuda(
@@ -277,10 +270,9 @@ def fused_cuda(
     first: bool,
     grad_divisor: Tensor | None = None,
     found_inf: Tensor | None = None,
-    reduce: Callable[[Tensor], Tensor] | None = None,
     block: int = BLOCK,
     warps: int = WARPS,
-) -> Tensor:
+) -> HalfStep:
     """Step (params, grads, momentum buffers) by the Triton kernels."""
     addresses, aligned = table.addresses(*lists)
     params, grads, buffers = lists
@@ -303,25 +295,30 @@ def fused_cuda(
         tail = (table.partials, grad_divisor, found_inf)
         _lars_norms[grid](*common, *tail, DECAYED=decayed, **shared)
         squares = table.segment_sums()
-        ratios = local_rates(squares if reduce is None else reduce(squares), rule, lr)
-    else:
-        ratios = torch.ones(len(table.segments), device=params[0].device)
-    _lars_apply[grid](
-        *common,
-        _buffer_weight(rule, first),
-        ratios,
-        lr,
-        grad_divisor,
-        found_inf,
-        TENSOR_LR=isinstance(lr, Tensor),
-        MOMENTUM=rule.momentum != 0,
-        NESTEROV=rule.nesterov,
-        LR_INSIDE=rule.lr_in_momentum,
-        **shared,
-    )
-    if found_inf is None:
-        return ratios
-    return ratios.masked_fill(found_inf != 0, 1.0)  # a skipped step has none
+    else:  # nobody reads them
+        squares = torch.empty(2, len(table.segments), device=params[0].device)
+
+    def finish(squares: Tensor) -> Tensor:
+        ratios = local_rates(squares, rule, lr)
+        with on_its_device(params[0]):
+            _lars_apply[grid](
+                *common,
+                _buffer_weight(rule, first),
+                ratios,
+                lr,
+                grad_divisor,
+                found_inf,
+                TENSOR_LR=isinstance(lr, Tensor),
+                MOMENTUM=rule.momentum != 0,
+                NESTEROV=rule.nesterov,
+                LR_INSIDE=rule.lr_in_momentum,
+                **shared,
+            )
+        if found_inf is None:
+            return ratios
+        return ratios.masked_fill(found_inf != 0, 1.0)  # a skipped step has none
+
+    return HalfStep(squares, finish)
 
 
 if triton is not None:

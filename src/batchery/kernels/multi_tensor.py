@@ -13,8 +13,9 @@ None between steps) and sent again, in one asynchronous copy, only when one has 
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Literal
 
@@ -34,6 +35,7 @@ __all__ = [
     "BLOCK",
     "WARPS",
     "ChunkTable",
+    "HalfStep",
     "Impl",
     "chunk_bounds",
     "chunk_load",
@@ -42,6 +44,7 @@ __all__ = [
     "fused_ready",
     "memory_order",
     "on_its_device",
+    "pair_of_norms",
     "prepared_grads",
     "processors_of",
     "require_fused",
@@ -258,6 +261,35 @@ def squared_norms(tensors: list[Tensor], blocks: int, dtype: torch.dtype) -> Ten
         return torch.stack(torch._foreach_norm(tensors, 2, dtype)).square()
     rows = [segment_rows(tensor, blocks) for tensor in tensors]
     return torch.cat([torch.linalg.vector_norm(r, dim=1, dtype=dtype) for r in rows]).square()
+
+
+def pair_of_norms(params: list[Tensor], others: list[Tensor], blocks: int, adapt: bool) -> Tensor:
+    """Return the squared norms `(2, n · blocks)` of two lists; nothing is computed unless `adapt`.
+
+    They are float32, for float64 tensors float64.
+    """
+    dtype = torch.float64 if others[0].dtype == torch.float64 else torch.float32
+    if not adapt:  # nobody reads them
+        return torch.empty(2, len(others) * blocks, dtype=dtype, device=others[0].device)
+    return torch.stack([squared_norms(tensors, blocks, dtype) for tensors in (params, others)])
+
+
+@dataclass(frozen=True)
+class HalfStep:
+    """A step between its two passes: its norms are known, its parameters not yet written.
+
+    Attributes:
+        squares: squared norms on this rank, `(2, segments)`.
+        apply: makes the second pass, given these or their sums over the ranks that share the
+            tensors, and returns the ratio of each segment, `(segments,)`.
+    """
+
+    squares: Tensor
+    apply: Callable[[Tensor], Tensor]
+
+    def finish(self) -> Tensor:
+        """Make the second pass by this rank's own norms."""
+        return self.apply(self.squares)
 
 
 def triton_dtype(tensor: Tensor) -> "tl.dtype":

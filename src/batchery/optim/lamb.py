@@ -36,7 +36,8 @@ from torch.optim.optimizer import ParamsT
 
 from batchery._core.validate import number, require
 from batchery.kernels.lamb import LambRule, lamb_step_
-from batchery.optim.layerwise import LayerwiseOptimizer
+from batchery.kernels.multi_tensor import HalfStep
+from batchery.optim.layerwise import Bucket, LayerwiseOptimizer
 
 
 class LAMB(LayerwiseOptimizer):
@@ -186,26 +187,29 @@ class LAMB(LayerwiseOptimizer):
             closure: reevaluates the model and returns the loss.
         """
         loss, buckets = self.begin_step(closure)
+        self.make_step(buckets, self._begin)
         for bucket in buckets:
-            steps = bucket.states["step"]
-            torch._foreach_add_(steps, 1)
-            bucket.ratios = lamb_step_(
-                bucket.local,
-                bucket.grads,
-                bucket.states["exp_avg"],
-                bucket.states["exp_avg_sq"],
-                steps,
-                self.rule(bucket.group),
-                bucket.group["lr"],
-                impl=bucket.impl,
-                grad_divisor=bucket.divisor,
-                found_inf=bucket.found_inf,
-                reduce_norms=bucket.reduce,
-                table=bucket.table,
-            )
             if bucket.found_inf is not None:
+                steps = bucket.states["step"]
                 torch._foreach_sub_(steps, [bucket.found_inf.to(steps[0].device)] * len(steps))
         return loss
+
+    def _begin(self, bucket: Bucket) -> HalfStep:
+        steps = bucket.states["step"]
+        torch._foreach_add_(steps, 1)
+        return lamb_step_(
+            bucket.local,
+            bucket.grads,
+            bucket.states["exp_avg"],
+            bucket.states["exp_avg_sq"],
+            steps,
+            self.rule(bucket.group),
+            bucket.group["lr"],
+            impl=bucket.impl,
+            grad_divisor=bucket.divisor,
+            found_inf=bucket.found_inf,
+            table=bucket.table,
+        )
 
 
 def _is_pair(value: object) -> bool:

@@ -34,7 +34,8 @@ from torch.optim.optimizer import ParamsT
 
 from batchery._core.validate import number, one_of, require
 from batchery.kernels.lars import LarsRule, lars_step_
-from batchery.optim.layerwise import LayerwiseOptimizer
+from batchery.kernels.multi_tensor import HalfStep
+from batchery.optim.layerwise import Bucket, LayerwiseOptimizer
 
 
 class LARS(LayerwiseOptimizer):
@@ -180,31 +181,32 @@ class LARS(LayerwiseOptimizer):
             closure: reevaluates the model and returns the loss.
         """
         loss, buckets = self.begin_step(closure)
-        for bucket in buckets:
-            first = bucket.params[0] in self._fresh
-            if first:
-                self._fresh.difference_update(bucket.params)
-                self._plans.clear()  # the next step's buckets need not keep these apart
-            bucket.ratios = lars_step_(
-                bucket.local,
-                bucket.grads,
-                bucket.states.get("momentum_buffer", []),
-                self.rule(bucket.group),
-                bucket.group["lr"],
-                first=first,
-                impl=bucket.impl,
-                grad_divisor=bucket.divisor,
-                found_inf=bucket.found_inf,
-                reduce_norms=bucket.reduce,
-                table=bucket.table,
-            )
+        fresh = [bucket for bucket in buckets if bucket.params[0] in self._fresh]
+        self.make_step(buckets, self._begin)
+        for bucket in fresh:
+            self._fresh.difference_update(bucket.params)
+            self._plans.clear()  # the next step's buckets need not keep these apart
             # A first step that a GradScaler skipped is still to come. Only dampening tells it from
             # later ones, so only then is the flag read; this waits, but not once a step is made.
             skipped = bucket.found_inf
-            if first and skipped is not None and bucket.group["dampening"] and skipped:
+            if skipped is not None and bucket.group["dampening"] and skipped:
                 for parameter in bucket.params:
                     self.state[parameter].pop("momentum_buffer", None)
         return loss
+
+    def _begin(self, bucket: Bucket) -> HalfStep:
+        return lars_step_(
+            bucket.local,
+            bucket.grads,
+            bucket.states.get("momentum_buffer", []),
+            self.rule(bucket.group),
+            bucket.group["lr"],
+            first=bucket.params[0] in self._fresh,
+            impl=bucket.impl,
+            grad_divisor=bucket.divisor,
+            found_inf=bucket.found_inf,
+            table=bucket.table,
+        )
 
     def _forget(self) -> None:
         super()._forget()

@@ -21,12 +21,21 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from batchery._core.validate import integer, number, one_of, require, require_type
 from batchery.kernels.multi_tensor import (
     ChunkTable,
+    HalfStep,
     Impl,
     fused_ready,
     require_fused,
     same_order,
 )
-from batchery.optim.shards import Shards, local_grad, local_part, reduction_of, shards_of
+from batchery.optim.shards import (
+    Reduce,
+    Shards,
+    local_grad,
+    local_part,
+    reduction_of,
+    shards_of,
+    sum_together,
+)
 
 SHARED = ("foreach", "fused", "capturable", "max_grad_norm")  # settings that all groups have alike
 
@@ -39,7 +48,7 @@ class Bucket:
     params: list[Tensor]  # as the user holds them
     states: dict[str, list[Tensor]]  # this rank's part of each state, by name
     shards: Shards | None
-    reduce: Callable[[Tensor], Tensor] | None
+    reduce: Reduce | None
     impl: Impl
     table: ChunkTable | None  # for the fused form
     local: list[Tensor]  # this rank's part of each parameter
@@ -141,6 +150,21 @@ class LayerwiseOptimizer(Optimizer, ABC):
                 here[device] = [t if t is None else t.to(device) for t in (divisor, found_inf)]
             bucket.divisor, bucket.found_inf = here[device]
         return loss, self._last
+
+    def make_step(self, buckets: Sequence[Bucket], begin: Callable[[Bucket], HalfStep]) -> None:
+        """Make both passes over every bucket; one all-reduce sums the norms of all on one mesh."""
+        alike: dict[object, tuple[Reduce, list[tuple[Bucket, HalfStep]]]] = {}
+        for bucket in buckets:
+            half = begin(bucket)
+            if bucket.reduce is not None and self.adapts(bucket.group):
+                together = (bucket.shards, half.squares.device)
+                alike.setdefault(together, (bucket.reduce, []))[1].append((bucket, half))
+            else:
+                bucket.ratios = half.finish()
+        for reduce, waiting in alike.values():
+            sums = sum_together([half.squares for _, half in waiting], reduce)
+            for (bucket, half), own in zip(waiting, sums, strict=True):
+                bucket.ratios = half.apply(own)
 
     def _divisor(self, buckets: Sequence[Bucket], scale: Tensor | None) -> Tensor | None:
         """Return what all gradients are divided by, on the device, or None."""

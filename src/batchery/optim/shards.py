@@ -6,19 +6,22 @@ part, the whole. With x cut into x_1 … x_n,
 
     ‖x‖² = Σ_k ‖x_k‖²
 
-so a rank sends squares, never tensors: one all-reduce for each dimension of the mesh that cuts x.
+so a rank sends squares, never tensors, those of all x on one mesh together: one all-reduce for
+each dimension of the mesh that cuts them.
 Ranks that hold copies of a part are along other dimensions, and add nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from batchery._core.dist import all_reduce_sum_
 from batchery._core.validate import require_type
 
+Reduce = Callable[[Tensor], Tensor]
 Shards = tuple[Any, tuple[int, ...]]  # a mesh, and its dimensions that cut a tensor
 
 
@@ -48,7 +51,7 @@ def shards_of(parameter: Tensor) -> Shards | None:
     return parameter.device_mesh, tuple(cut)
 
 
-def reduction_of(parameter: Tensor) -> Callable[[Tensor], Tensor] | None:
+def reduction_of(parameter: Tensor) -> Reduce | None:
     """Return the sum over the ranks that share a tensor; None when this rank has all of it."""
     shards = shards_of(parameter)
     if shards is None or not shards[1]:
@@ -61,3 +64,10 @@ def reduction_of(parameter: Tensor) -> Callable[[Tensor], Tensor] | None:
         return squares
 
     return reduce
+
+
+def sum_together(squares: Sequence[Tensor], reduce: Reduce) -> list[Tensor]:
+    """Sum several tensors over ranks by one reduction, in the widest of their dtypes."""
+    sums = reduce(torch.cat([own.flatten() for own in squares]))
+    parts = torch.split(sums, [own.numel() for own in squares])
+    return [part.to(own.dtype).view_as(own) for part, own in zip(parts, squares, strict=True)]

@@ -2,10 +2,9 @@
 """A batch sampler that stops and resumes anywhere, on any number of ranks, at any batch size.
 
 Use it as `DataLoader(data, batch_sampler=…)` where training may be interrupted within an epoch, or
-where the batch size changes while it runs (the size alone: shapes of examples come with the systems
-that need them). For neither, torch's own samplers do. The selecting
-samplers of this package stand on it and change one thing: which examples a pass holds, in which
-order.
+where the size of batches or the shape of their examples changes while it runs. For neither, torch's
+own samplers do. The selecting samplers of this package stand on it and change one thing: which
+examples a pass holds, in which order.
 
 A pass over the data (an epoch; a round of a selecting sampler) is an order of examples, a pure
 function of seed and epoch. Global batches are cut from it one after another, and of each the rank
@@ -28,12 +27,16 @@ knows how many it has used. Count them from the start of the loop and say so:
         ...
         state = sampler.state_dict(consumed=done)
 
-Batches drawn but not used are then drawn again after a resume, at the sizes they had. Without a
-loader, or one that does not read ahead, `state_dict()` alone is right.
+Batches drawn but not used are then drawn again after a resume, at the sizes and shapes they had.
+Without a loader, or one that does not read ahead, `state_dict()` alone is right.
+
+With a shape in force a batch is a list of pairs (index, shape), for a data set whose `__getitem__`
+takes such a pair and gives an example of that shape: so many frames, so many pixels, so many
+tokens.
 """
 
-from collections.abc import Iterator, Mapping, Sized
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +51,14 @@ from batchery._core.state import check_fits
 from batchery._core.validate import integer, require, require_type
 
 Ints = npt.NDArray[np.int64]
+Shape = tuple[int, ...]  # of an example; empty where none was asked for
+
+
+class Form(NamedTuple):
+    """What a global batch is to be: so many examples, of a shape."""
+
+    size: int
+    shape: Shape
 
 
 def cut(start: int, size: int, total: int, world_size: int, drop_last: bool) -> int | None:
@@ -80,8 +91,8 @@ def count_batches(start: int, size: int, total: int, world_size: int, drop_last:
     return full + (rest > 0 and not drop_last and not joins)
 
 
-class ResumableBatchSampler(Sampler[list[int]]):
-    """Batches of indices, resumable within an epoch, shared by ranks, of a size that may change.
+class ResumableBatchSampler(Sampler[list[Any]]):
+    """Batches of indices, resumable within an epoch, shared by ranks, whose form may change.
 
     `iter()` begins the pass in hand, or the next one when that is used up; after
     `load_state_dict` it goes on where the state was taken. A pass left early begins anew. All
@@ -119,7 +130,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
         "position": int,
         "batches": int,
         "ahead": list,
-        "next_batch_size": int,
+        "next_form": list,
         "over": bool,
     }
 
@@ -157,7 +168,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
         self.process_group = process_group
         self._given = None if rank is None or world_size is None else (rank, world_size)
         self._seed = seed_of(owner, generator)
-        self._batch_size = self._first_batch_size = batch_size
+        self._form, self._first_batch_size = Form(batch_size, ()), batch_size
         self._check_batch_size(batch_size)
         fewest = batch_size if drop_last else self._place()[1]
         rule = f"must hold at least {fewest} examples"
@@ -170,8 +181,9 @@ class ResumableBatchSampler(Sampler[list[int]]):
         self._epoch = epoch
         self._start = 0  # position in the order at which iter() begins
         self._before = 0  # batches of this pass that lie before that position
-        self._ahead: list[int] = []  # sizes of the next batches, which were cut before a resume
+        self._ahead: list[Form] = []  # of the next batches, which were cut before a resume
         self._ends = [0]  # the position at which iter() began, then the end of each batch since
+        self._shapes: list[Shape] = []  # of each batch since
         self._over = False  # iter() has come to the end
         self._order_in_hand: Ints | None = None
 
@@ -198,12 +210,12 @@ class ResumableBatchSampler(Sampler[list[int]]):
         """Return (rank, world size); a process group may start after this object was made."""
         return self._given or rank_and_size(self.process_group)
 
-    def _next_size(self, ends: list[int], ahead: list[int]) -> int:
+    def _next_form(self, ends: list[int], ahead: list[Form]) -> Form:
         done = len(ends) - 1
-        return ahead[done] if done < len(ahead) else self._batch_size
+        return ahead[done] if done < len(ahead) else self._form
 
-    def _next_end(self, ends: list[int], ahead: list[int]) -> int | None:
-        size, total = self._next_size(ends, ahead), len(self._order())
+    def _next_end(self, ends: list[int], ahead: list[Form]) -> int | None:
+        size, total = self._next_form(ends, ahead).size, len(self._order())
         return cut(ends[-1], size, total, self._place()[1], self.drop_last)
 
     def _is_used_up(self) -> bool:
@@ -219,7 +231,12 @@ class ResumableBatchSampler(Sampler[list[int]]):
     @property
     def batch_size(self) -> int:
         """Examples of the next global batch to be cut."""
-        return self._batch_size
+        return self._form.size
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the examples of the next batch to be cut; empty where none was asked for."""
+        return self._form.shape
 
     @property
     def epoch(self) -> int:
@@ -236,14 +253,32 @@ class ResumableBatchSampler(Sampler[list[int]]):
             self._end_pass()
             self._begin(epoch)
 
-    def set_batch_size(self, batch_size: int) -> None:
-        """Change the size of the global batches that are not cut yet, in this pass and after.
+    def set_batch_size(self, batch_size: int, shape: Sequence[int] | None = None) -> None:
+        """Change size and shape of the global batches that are not cut yet, in this pass and after.
 
         Call it on every rank before the same batch. A loader with workers has already cut some.
+
+        Args:
+            batch_size: examples of a global batch.
+            shape: of its examples; batches are then lists of pairs (index, shape). By default the
+                one in force stays; `()` goes back to plain indices.
+
+        Example:
+            >>> sampler = ResumableBatchSampler(6, 2, shuffle=False)
+            >>> batches = iter(sampler)
+            >>> next(batches)
+            [0, 1]
+            >>> sampler.set_batch_size(4, shape=(8, 112, 112))
+            >>> next(batches)[0]
+            (2, (8, 112, 112))
         """
-        integer(type(self).__name__, "batch_size", batch_size, at_least=1)
+        owner = type(self).__name__
+        integer(owner, "batch_size", batch_size, at_least=1)
         self._check_batch_size(batch_size)
-        self._batch_size = batch_size
+        kept = self.shape if shape is None else tuple(shape)
+        for place, length in enumerate(kept):
+            integer(owner, f"shape[{place}]", length, at_least=1)
+        self._form = Form(batch_size, kept)
 
     def _check_batch_size(self, batch_size: int) -> None:
         world_size = self._place()[1]
@@ -251,20 +286,23 @@ class ResumableBatchSampler(Sampler[list[int]]):
         fits = batch_size % world_size == 0
         require(fits, type(self).__name__, "batch_size", rule, batch_size)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         """Begin, go on with, or repeat a pass; the order is fixed here, before the first batch."""
-        self._check_batch_size(self._batch_size)
+        self._check_batch_size(self.batch_size)
         if self._is_used_up():
             self._end_pass()
             self._begin(self._epoch + 1)
         self._order()
-        self._ends = [self._start]
+        self._ends, self._shapes = [self._start], []
         return self._walk(self._ends, self._ahead)
 
-    def _walk(self, ends: list[int], ahead: list[int]) -> Iterator[list[int]]:
+    def _walk(self, ends: list[int], ahead: list[Form]) -> Iterator[list[Any]]:
         while (end := self._next_end(ends, ahead)) is not None:
+            shape = self._next_form(ends, ahead).shape
+            self._shapes.append(shape)
             ends.append(end)
-            yield self._share(len(ends) - 2).tolist()
+            batch = self._share(len(ends) - 2).tolist()
+            yield [(index, shape) for index in batch] if shape else batch
             if ends is not self._ends:
                 raise RuntimeError(f"{type(self).__name__}: a later iter() has taken over")
         self._over = True
@@ -278,7 +316,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
         if self._over:
             return known
         total, world_size = len(self._order()), self._place()[1]
-        return known + count_batches(ends[-1], self._batch_size, total, world_size, self.drop_last)
+        return known + count_batches(ends[-1], self.batch_size, total, world_size, self.drop_last)
 
     def _settings(self) -> dict[str, Any]:
         """Return what a state must share with the object that loads it."""
@@ -310,14 +348,17 @@ class ResumableBatchSampler(Sampler[list[int]]):
         owner, yielded = type(self).__name__, len(self._ends) - 1
         used = yielded if consumed is None else integer(owner, "consumed", consumed, at_least=0)
         require(used <= yielded, owner, "consumed", f"must be <= {yielded}, those yielded", used)
-        ahead = [b - a for a, b in zip(self._ends[used:], self._ends[used + 1 :], strict=False)]
+        ahead = [
+            Form(self._ends[batch + 1] - self._ends[batch], self._shapes[batch])
+            for batch in range(used, yielded)
+        ] + self._ahead[yielded:]
         return self._settings() | {
             "seed": self._seed,
             "epoch": self._epoch,
             "position": self._ends[used],
             "batches": self._before + used,
-            "ahead": ahead + self._ahead[yielded:],
-            "next_batch_size": self._batch_size,
+            "ahead": [[form.size, *form.shape] for form in ahead],
+            "next_form": [self.batch_size, *self.shape],
             "over": self._over and used == yielded,
         }
 
@@ -335,8 +376,8 @@ class ResumableBatchSampler(Sampler[list[int]]):
         self._seed = state_dict["seed"]
         self._start = state_dict["position"]
         self._before = state_dict["batches"]
-        self._ahead = list(state_dict["ahead"])
-        self._batch_size = state_dict["next_batch_size"]
+        forms = [state_dict["next_form"], *state_dict["ahead"]]
+        self._form, *self._ahead = (Form(size, tuple(shape)) for size, *shape in forms)
         self._over = state_dict["over"]
         self._ends = [self._start]
 

@@ -326,16 +326,16 @@ class HardBatchSampler(ResumableBatchSampler):
         self._selected = selection.regrouped(chosen, scores, size, self.regroup, order, generator)
         return torch.from_numpy(self._selected)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         """Begin, go on with, or repeat a round; its selection uses what was reported before."""
         self._reported = 0
         return super().__iter__()
 
-    def set_batch_size(self, batch_size: int) -> None:
-        """In sample mode, change the size of batches not cut yet; batch mode's are fixed."""
+    def set_batch_size(self, batch_size: int, shape: Sequence[int] | None = None) -> None:
+        """Change the form of batches not cut yet; in batch mode their size is fixed."""
         fits = self.mode == "sample" or batch_size == self.batch_size
         require(fits, type(self).__name__, "batch_size", "is fixed in mode 'batch'", batch_size)
-        super().set_batch_size(batch_size)
+        super().set_batch_size(batch_size, shape)
 
     @property
     def scores(self) -> Tensor:
