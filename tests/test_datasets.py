@@ -3,7 +3,6 @@ import hashlib
 import http.client
 import http.server
 import io
-import json
 import logging
 import os
 import tarfile
@@ -145,21 +144,11 @@ def test_a_damaged_file_is_named_and_not_used(cache, register, tmp_path, monkeyp
     path.write_bytes(CONTENT)
     monkeypatch.setenv("BATCHERY_DATA", str(tmp_path / "given"))
     assert datasets.load("toy") == CONTENT
+    before = path.stat()
     path.write_bytes(damage)
-    os.utime(path, ns=(1, 1))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # its time tells nothing
     with pytest.raises(CorruptData, match=r"given/folder/toy.bin .*truncated or changed"):
         datasets.load("toy")
-
-
-@pytest.mark.parametrize("damage", ["[]", "{bad", "7", ""])
-def test_a_damaged_ledger_counts_as_empty_and_is_made_anew(cache, register, damage):
-    register()
-    path = cache / "folder/toy.bin"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(CONTENT)
-    (cache / "verified.json").write_text(damage)
-    assert datasets.load("toy") == CONTENT
-    assert list(json.loads((cache / "verified.json").read_text())) == [str(path.resolve())]
 
 
 def test_a_file_without_an_address_is_missing(cache, register):

@@ -9,7 +9,6 @@ From the command line: `batchery data`, `batchery data mnist gsm8k`.
 """
 
 import http.client
-import json
 import os
 import tarfile
 import urllib.error
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from batchery import dataset_readers as read
-from batchery._core.state import atomic_write, cache_folder, file_digest
+from batchery._core.state import cache_folder, file_digest
 
 Parser = Callable[[Sequence[Path]], Any]
 
@@ -337,33 +336,16 @@ def _missing(name: str, file: File, reason: str) -> MissingData:
 
 
 def _verify(name: str, file: File, path: Path) -> None:
-    """Check a file once; a later call trusts the same size and time."""
-    stat = path.stat()
-    stamp = [stat.st_size, stat.st_mtime_ns, file.sha256]
-    ledger = cache_folder() / "verified.json"
-    known = _read_ledger(ledger)
-    key = str(path.resolve())
-    if known.get(key) == stamp:
-        return
+    """Check a file, each time that it is to be used."""
     try:
         found = (file.digest or file_digest)(path)
     except (OSError, EOFError, tarfile.TarError) as error:
         raise CorruptData(f"data set {name!r}: {path} cannot be read: {error}") from error
     if found != file.sha256:
         raise CorruptData(
-            f"data set {name!r}: {path} ({stat.st_size:,} bytes) is truncated or changed: "
+            f"data set {name!r}: {path} ({path.stat().st_size:,} bytes) is truncated or changed: "
             f"its SHA-256 is {found[:16]}…, not {file.sha256[:16]}…; it was not used"
         )
-    atomic_write(ledger, json.dumps(known | {key: stamp}).encode())
-
-
-def _read_ledger(ledger: Path) -> dict[str, Any]:
-    """Return the stamps of files checked before; a damaged ledger has none, and is made anew."""
-    try:
-        known = json.loads(ledger.read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
 
 
 def _download(name: str, file: File, path: Path) -> Path:

@@ -417,6 +417,22 @@ def test_a_gpu_trains_to_a_like_loss_and_keeps_a_model_of_its_own(trained):
     assert found.held_out_loss == pytest.approx(trained.held_out_loss, abs=0.3)
 
 
+@pytest.mark.gpu
+def test_two_trainings_on_a_gpu_give_the_same_bits(text):
+    """Of a context so long that attention's backward pass has sums to make in some order."""
+    size = dataclasses.replace(TINY, hidden=128, heads=2, kv_heads=1, context=512, batch=16)
+    found = []
+    for _ in range(2):
+        model = new_model(size).cuda()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+        rows = batches(text.train.cuda(), size.batch, size.context)
+        losses = lab.train(model, rows, optimizer, None, 20)
+        found.append((model, losses))
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.equal(found[0][1], found[1][1])
+    assert same_weights(found[0][0], found[1][0])
+
+
 def test_the_folder_opens_with_transformers(trained):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

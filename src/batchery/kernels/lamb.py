@@ -28,6 +28,7 @@ from batchery.kernels.multi_tensor import (
     ChunkTable,
     HalfStep,
     Impl,
+    as_dtype,
     on_its_device,
     pair_of_norms,
     prepared_grads,
@@ -194,8 +195,7 @@ def _directions_foreach(
         torch._foreach_add_(roots, rule.eps)
     directions: list[Tensor] = list(torch._foreach_div(exp_avgs, roots))
     if rule.coupled_decay:
-        dtype = directions[0].dtype
-        wide = [x.to(dtype) for x in params]
+        wide = as_dtype(params, directions[0].dtype)
         torch._foreach_add_(directions, wide, alpha=rule.coupled_decay)
     return directions
 
@@ -203,8 +203,14 @@ def _directions_foreach(
 def _foreach_corrections(steps: list[Tensor], rule: LambRule) -> tuple[list[Any], list[Any]]:
     """Return c1 / √c2 and c1 · eps of each tensor, c = 1 - β^t; on the device by few launches."""
     if steps[0].is_cpu:
-        pairs = [bias_corrections(step, rule) for step in steps]
-        return [c1 / c2**0.5 for c1, c2 in pairs], [c1 * rule.eps for c1, _ in pairs]
+        known: dict[float, tuple[float | Tensor, float | Tensor]] = {}  # most have the same step
+        numbers = [step.item() for step in steps]
+        for number, step in zip(numbers, steps, strict=True):
+            if number not in known:
+                c1, c2 = bias_corrections(step, rule)
+                known[number] = c1 / c2**0.5, c1 * rule.eps
+        factors, terms = zip(*(known[number] for number in numbers), strict=True)
+        return list(factors), list(terms)
     c1, c2 = (torch.as_tensor(c) for c in bias_corrections(torch.stack(steps), rule))
     return list((c1 / c2.sqrt()).unbind()), list((c1 * rule.eps).unbind())
 
@@ -234,7 +240,7 @@ def _apply_foreach(
 ) -> None:
     dtype = directions[0].dtype
     scales = (-lr * ratios).to(dtype)
-    wide = [x.to(dtype) for x in params]  # the parameters themselves when they are wide enough
+    wide = as_dtype(params, dtype)
     if rule.decoupled and rule.weight_decay:
         torch._foreach_mul_(wide, 1 - lr * rule.weight_decay)
     if rule.blocks > 1:

@@ -26,6 +26,7 @@ from batchery.kernels.multi_tensor import (
     ChunkTable,
     HalfStep,
     Impl,
+    as_dtype,
     on_its_device,
     pair_of_norms,
     prepared_grads,
@@ -108,7 +109,7 @@ def lars_step_(
             )
     wide_dtype = momentum_buffers[0].dtype if momentum_buffers else params[0].dtype
     grads = prepared_grads(grads, wide_dtype, grad_divisor, rule.maximize)
-    wide = [x.to(wide_dtype) for x in params]
+    wide = as_dtype(params, wide_dtype)
     form = _apply_foreach if impl == "foreach" else _apply_single
     decayed = list(torch._foreach_add(grads, wide, alpha=rule.weight_decay))
     if rule.variant == "momentum" and rule.adapt:

@@ -36,6 +36,7 @@ __all__ = [
     "WARPS",
     "ChunkTable",
     "HalfStep",
+    "as_dtype",
     "Impl",
     "chunk_bounds",
     "chunk_load",
@@ -244,10 +245,15 @@ def prepared_grads(
     grads: list[Tensor], dtype: torch.dtype, divisor: Tensor | None, negate: bool
 ) -> list[Tensor]:
     """Return gradients in the moments' dtype, divided and negated; the originals stay."""
-    ready = [grad.to(dtype) for grad in grads]
+    ready = as_dtype(grads, dtype)
     if divisor is not None:
         ready = [grad / divisor.to(dtype) for grad in ready]
     return [-grad for grad in ready] if negate else ready
+
+
+def as_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return tensors, all of one dtype, in another; the same tensors when it is theirs."""
+    return tensors if tensors[0].dtype == dtype else [tensor.to(dtype) for tensor in tensors]
 
 
 def segment_rows(tensor: Tensor, blocks: int) -> Tensor:

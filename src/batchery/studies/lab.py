@@ -6,9 +6,7 @@ Use `load` for a trained model to quantise, prune, distil or serve; use the piec
 transformers on the text of `lab_text`: it knows the look of Python code, and little else.
 
 A trained model is kept on disk under a hash of code, versions, data, settings, device and thread
-count. On the CPU the same hash means the same weights to the bit. On CUDA the initial weights and
-the data order are the same, but attention's backward pass adds in no fixed order, so two trainings
-differ by rounding; the kept one is what studies share.
+count. The same hash means the same weights to the bit, on the CPU and on CUDA.
 """
 
 import json

@@ -8,8 +8,10 @@ use these pieces with models of their own.
 """
 
 import itertools
+import os
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -26,6 +28,9 @@ from batchery.studies.graphs import captured
 
 Progress = Callable[[int, int], None]
 Graphs = dict[torch.Size, Callable[[Tensor], Tensor]]  # shape of a micro-batch → its losses
+
+# What torch asks for before it vouches for the order of cuBLAS's sums; read at their first use.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 _LOGIT_ROWS = 8_192  # tokens whose logits exist at once: 128 MiB at 4,096 words
 
@@ -126,6 +131,42 @@ def causal_attention(model: Any) -> Iterator[None]:
         model.config._attn_implementation = before
 
 
+@contextmanager
+def fixed_order() -> Iterator[None]:
+    """Have CUDA's kernels add up in one order, attention's backward pass above all.
+
+    Where cuBLAS was used before this module was imported, without the variable above, torch cannot
+    vouch for its products any more: a warning says so, and two trainings may differ by rounding.
+    """
+    settings: Any = torch.utils.deterministic
+    before, filled = (
+        torch.are_deterministic_algorithms_enabled(),
+        settings.fill_uninitialized_memory,
+    )
+    settings.fill_uninitialized_memory = False  # for those who look for reads of it; costs passes
+    torch.use_deterministic_algorithms(True)
+    try:
+        _vouch()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        settings.fill_uninitialized_memory = filled
+
+
+def _vouch() -> None:
+    """Leave the fixed order again, with a warning, where torch refuses a product in it."""
+    one = torch.ones(1, 1, device="cuda")
+    try:
+        one.mm(one)
+    except RuntimeError:
+        torch.use_deterministic_algorithms(False)
+        warnings.warn(
+            "cuBLAS was used before batchery.studies.lab was imported: trainings may differ by "
+            "rounding unless CUBLAS_WORKSPACE_CONFIG=:4096:8 is set",
+            stacklevel=4,
+        )
+
+
 @cache
 def _registered() -> str:
     """Make causal attention known to transformers, and return its name there."""
@@ -206,7 +247,8 @@ def train(
         micro_batch: examples that go through the model at once; gradients add up.
         max_grad_norm: clip the global norm of the gradients to this.
         graphs: what earlier calls with this model captured on CUDA; filled and used again.
-        fuse: compile the pass before it is captured; see `graphs.captured`.
+        fuse: compile the pass before it is captured, see `graphs.captured`; two trainings on CUDA
+            then differ by rounding.
         progress: called with the number of updates made and `steps`.
 
     Returns:
@@ -224,7 +266,9 @@ def train(
         optimizer.zero_grad(set_to_none=not several)
         for part in parts:
             if part.shape not in losses_of:
-                with causal_attention(model):
+                # A compiled pass could lose time by it, and no kept model is made by one.
+                fixed = fixed_order() if part.is_cuda and not fuse else nullcontext()
+                with causal_attention(model), fixed:
                     losses_of[part.shape] = captured(model, token_losses, part, fuse=fuse)
             if several and parameters[0].grad is None:  # see `captured`
                 for parameter in parameters:
