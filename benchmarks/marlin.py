@@ -3,9 +3,10 @@
 
 On CUDA: the layers of Llama-shaped models of 8 and 70 billion parameters, groups of 128, batches of
 1 to 2,048 rows; the weights rotate over four times the second-level cache, and all calls are in one
-CUDA graph. Peers are cuBLAS in float16, torch's tinygemm and, where vLLM is installed, its
-gptq_marlin and Machete; a peer that is absent or fails is named, and spoils nothing, for it runs in
-a process of its own. On the CPU: two layers beside dense ones.
+CUDA graph. Peers are cuBLAS in float16, torch's tinygemm, a plain kernel in Triton
+(`marlin_triton_peer.py`) and, where vLLM is installed, its gptq_marlin and Machete; a peer that is
+absent or fails is named, and spoils nothing, for it runs in a process of its own. On the CPU: two
+layers beside dense ones.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from marlin_backends import BACKENDS, BATCHES, SHAPES, Call, packed, random
+from marlin_backends import BACKENDS, BATCHES, SHAPES, Call, microseconds, packed, random
 from marlin_report import tables
 from torch import Tensor
 
@@ -37,27 +38,15 @@ from batchery.studies.harness import environment
 
 CALLS = 12  # in a graph, at least
 REST = 0.5  # seconds before each layer: large products of the one before have lowered the clock
-PROCESSES = (("ours", "invariant"), ("cublas", "tinygemm"), ("gptq_marlin",), ("machete",))
-MOST = {"invariant": 64, "tinygemm": 64}  # rows; above, one splits batches, one takes milliseconds
-
-
-def microseconds(calls: list[Callable[[], Any]], replays: int = 4) -> float:
-    """Best time of one call among replays of a graph of all of them, the first left out."""
-    for call in calls[:2]:
-        call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(replays):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return min(times[1:])
+PROCESSES = (
+    ("ours", "invariant"),
+    ("cublas", "tinygemm"),
+    ("triton_atomics",),
+    ("gptq_marlin",),
+    ("machete",),
+)
+# Rows; above, the first splits batches, the others are hopeless.
+MOST = {"invariant": 64, "tinygemm": 64, "triton_atomics": 64}
 
 
 def eager_microseconds(call: Call, x: Tensor) -> float:

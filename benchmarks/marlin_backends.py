@@ -60,6 +60,25 @@ def fresh(weight: PackedW4) -> PackedW4:
     return dataclasses.replace(weight, **{part: getattr(weight, part).clone() for part in parts})
 
 
+def microseconds(calls: list[Callable[[], Any]], replays: int = 4) -> float:
+    """Best time of one call among replays of a graph of all of them, the first left out."""
+    for call in calls[:2]:
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(replays):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
+    return min(times[1:])
+
+
 def ours(n: int, k: int, **how: bool) -> list[Call]:
     first = packed(n, k)
     weights = [fresh(first) for _ in copies(first.nbytes)]
@@ -112,11 +131,18 @@ def machete(n: int, k: int) -> list[Call]:
     return [functools.partial(call, w=w) for w in weights]
 
 
+def triton_atomics(n: int, k: int) -> list[Call]:
+    from marlin_triton_peer import calls
+
+    return calls(n, k)
+
+
 BACKENDS: dict[str, Callable[[int, int], list[Call]]] = {
     "ours": ours,
     "invariant": functools.partial(ours, batch_invariant=True),
     "cublas": cublas,
     "tinygemm": tinygemm,
+    "triton_atomics": triton_atomics,
     "gptq_marlin": gptq_marlin,
     "machete": machete,
 }

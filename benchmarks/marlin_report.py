@@ -17,14 +17,15 @@ from marlin_backends import BATCHES, GROUP, SHAPES
 SPEEDUPS = {1: (3.0, 2.2), 16: (2.9, 2.0), 32: (2.7, 1.8), 64: (2.0, 1.4), 128: (1.15, 1.0)}
 SPEEDUPS |= {256: (0.9, 0.9), 512: (0.9, 0.9)}
 SHARES = {1: (0.8, 0.55), 16: (0.75, 0.5), 32: (0.68, 0.45), 64: (0.5, 0.35), 128: (0.27, 0.2)}
-PEERS = ("tinygemm", "gptq_marlin", "machete")
+PEERS = ("tinygemm", "triton_atomics", "gptq_marlin", "machete")
 
 Found = dict[str, Any]
 
 
 def micros(found: Found, name: str, shape: str, m: int) -> float | None:
     """Return a backend's time, None where it was not taken."""
-    value: float | None = found["backends"][name].get("us", {}).get(shape, {}).get(str(m))
+    own = found["backends"].get(name, {})  # older files lack some
+    value: float | None = own.get("us", {}).get(shape, {}).get(str(m))
     return value
 
 
@@ -68,8 +69,8 @@ def rivals(found: Found, shape: str, m: int, names: tuple[str, ...]) -> list[flo
 def tables(found: Found) -> list[str]:
     """Return the lines of both tables, the one by layer first."""
     found = {"read_gb_s": math.nan, "dense_tflop_s": math.nan, **found}
-    columns = ("cublas", "tinygemm", "gptq_marlin", "machete", "invariant", "ours")
-    titles = ("cuBLAS", "tiny", "marlin", "machete", "invar", "ours")
+    columns = ("cublas", *PEERS, "invariant", "ours")
+    titles = ("cuBLAS", "tiny", "atomics", "marlin", "machete", "invar", "ours")
     lines = ["microseconds", f"{'layer':12s}   M" + "".join(f"{title:>8s}" for title in titles)]
     lines[-1] += "  x cuBLAS  of read"
     for shape in SHAPES:
@@ -131,7 +132,13 @@ def checks(found: Found) -> str:
     return ", ".join(f"{name} {value}" for name, value in own.items()) or "not checked"
 
 
-COLORS = {"ours": "C0", "gptq_marlin": "C1", "machete": "C2", "tinygemm": "C3"}
+COLORS = {
+    "ours": "C0",
+    "gptq_marlin": "C1",
+    "machete": "C2",
+    "tinygemm": "C3",
+    "triton_atomics": "C4",
+}
 
 
 def draw(found: Found, path: Path) -> None:
