@@ -270,11 +270,11 @@ def test_a_file_cut_short_is_refused(folder, size):
         load_quantized(folder, into=seeded())
 
 
-@pytest.mark.parametrize("place", [0, 9, 40])
+@pytest.mark.parametrize("place", [b"", b"_metadata", b"data_offsets"])
 def test_a_header_that_was_changed_is_refused(folder, place):
     file = folder / "model.safetensors"
     data = bytearray(file.read_bytes())
-    data[place] ^= 0x55
+    data[data.index(place)] ^= 0x55
     file.write_bytes(bytes(data))
     with pytest.raises(ValueError, match="load_quantized: model.safetensors is damaged"):
         load_quantized(folder, into=seeded())

@@ -12,7 +12,7 @@ read them. Every tensor is checked, and errors name it and its file. Nothing is 
 import json
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from batchery._core.state import atomic_write
 from batchery._core.validate import import_extra, integer, one_of, require, require_type
+from batchery.compress.quant.digests import digests_of
 from batchery.compress.quant.experts import layers_in_model, name_in_files, name_in_model
 from batchery.compress.quant.folder import CONFIG, INDEX, OLD_CONFIG, WHOLE, SafetensorsFolder
 from batchery.compress.quant.linear import QuantLinear
@@ -48,16 +49,17 @@ def load_quantized(
             transformers' stacked experts by modules; its names are those of the files, or what
             transformers makes of those. After an error it is as it was. Without it the folder is a
             transformers causal language model, which is built.
-        format: what the tensors are, where the config does not say or is wrong.
+        format: what the tensors are, where the config does not say or is wrong; it is not doubted.
         device: where quantised layers go; by default where the replaced ones are.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: files are damaged, a tensor is missing or does not fit, or the config is of no
-            four-bit format; tensor and file are named. Or the path is a file's, or `into` has
-            buffers on the meta device that files do not hold.
+        ValueError: files are damaged or were changed after they were written, a tensor is missing,
+            does not fit or is not finite, zeros are not what the config says or may be of two
+            kinds, or the config is of no four-bit format; tensor and file are named. Or the path is
+            a file's, or `into` has buffers on the meta device that files do not hold.
         FileNotFoundError: the folder or its safetensors are not there.
         TypeError: an argument is of another kind.
 
@@ -95,7 +97,7 @@ def _fill(
     into: nn.Module, folder: SafetensorsFolder, scheme: Scheme, device: torch.device | str | None
 ) -> None:
     """Load a folder into a model."""
-    layers = layers_of(folder.files, scheme.family)
+    layers = stored_layers(folder, scheme)
     places = layers_in_model(into, layers)
     read = {}
     for stored, names in layers.items():
@@ -110,6 +112,7 @@ def _fill(
     taken = {full for names in layers.values() for full in names.values()}
     taken |= {f"{stored}.bias" for stored in layers}
     rest = {name: folder.tensor(name) for name in folder.files if name not in taken}
+    require_finite(into, rest.items(), folder)
     _load_rest(into, rest, set(read), folder)
 
 
@@ -154,7 +157,8 @@ def save_quantized(
 ) -> Path:
     """Write a model with `QuantLinear` layers as a folder that other tools read.
 
-    Every file is written whole or not at all, config.json last; without it nothing is read.
+    Every file is written whole or not at all, config.json last; without it nothing is read. Files
+    hold digests of their tensors, by which `load_quantized` sees whether they were changed.
     Scales go to float16 in all formats but compressed-tensors. A transformers model's folder has
     its config and can be loaded by name; any other model's has the quantisation's alone. Experts
     are named one by one, as in the files that transformers makes stacks of.
@@ -189,7 +193,7 @@ def save_quantized(
         (path / name).unlink(missing_ok=True)
     for place, tensors in enumerate(shards, 1):
         file = f"model-{place:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else WHOLE
-        data = safetensors.save(tensors, metadata={"format": "pt"})
+        data = safetensors.save(tensors, metadata={"format": "pt", **digests_of(tensors)})
         atomic_write(path / file, data)
         files |= dict.fromkeys(tensors, file)
     for old in path.glob("*.safetensors"):
@@ -313,6 +317,37 @@ def replace_module(model: nn.Module, name: str, module: nn.Module | Tensor) -> N
     setattr(model.get_submodule(parent), own, module)
 
 
+def stored_layers(folder: SafetensorsFolder, scheme: Scheme) -> dict[str, dict[str, str]]:
+    """Return the layers in a folder's files, see `layers_of`; raise where one lost its words."""
+    layers = layers_of(folder.files, scheme.family)
+    words, first, second = NAMES[scheme.family][:3]
+    for name, file in folder.files.items():
+        layer, _, own = name.rpartition(".")
+        lost = own == first and layer not in layers and f"{layer}.{second}" in folder.files
+        rule, got = "must have all weights", f"no {layer}.{words} for {name} in {file}"
+        require(not lost, "load_quantized", f"files in {folder.path.name}", rule, got)
+    return layers
+
+
+def require_finite(
+    model: nn.Module, tensors: Iterable[tuple[str, Tensor]], folder: SafetensorsFolder
+) -> None:
+    """Raise where a dense tensor holds NaN, or a parameter infinity, as the buffers of masks do."""
+    parameters = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    for name, tensor in tensors:
+        fine = _finite(tensor, infinity=name.rpartition(".")[2] not in parameters)
+        where = f"{name} in {folder.files[name]}"
+        require(fine, "load_quantized", where, "must be finite", "NaN or infinity")
+
+
+def _finite(tensor: Tensor, *, infinity: bool = False) -> bool:
+    """Say whether a tensor has no NaN and, unless it may, no infinity; 8-bit ones are not read."""
+    if not tensor.is_floating_point() or tensor.itemsize == 1 or not tensor.numel():
+        return True
+    ends = torch.stack(tensor.aminmax())  # NaN where one is; `isfinite` takes ten times as long
+    return not bool((ends.isnan() if infinity else ~ends.isfinite()).any())
+
+
 def read_layer(
     scheme: Scheme,
     tensors: Mapping[str, Tensor],
@@ -332,6 +367,8 @@ def read_layer(
     sizes = None if bias is None else tuple(bias.shape)
     fits = sizes == shape[:1] or (bias is None and linear.bias is None)
     require(fits, "load_quantized", f"bias of {where}", f"must be {shape[:1]}", sizes)
+    fine = bias is None or _finite(bias)
+    require(fine, "load_quantized", f"bias of {where}", "must be finite", "NaN or infinity")
     dtype = linear.weight.dtype
     layer = QuantLinear.from_quantized(qw, bias, device=device, dtype=dtype)
     return layer.train(linear.training)

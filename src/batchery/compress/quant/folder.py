@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of safetensors files, one or many, read one tensor at a time."""
+"""A folder of safetensors files, one or many, read one tensor at a time.
+
+What is damaged is named with its file: the first tensor that a file cut short lacks bytes of, and
+tensors that are not as the writer left them, where it said by digests how that was.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,6 +14,7 @@ import torch
 from torch import Tensor
 
 from batchery._core.validate import import_extra, require, require_type
+from batchery.compress.quant.digests import digests_in, require_unchanged
 
 __all__ = ["SafetensorsFolder"]
 
@@ -17,6 +22,7 @@ INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 CONFIG = "config.json"
 OLD_CONFIG = "quantize_config.json"  # read where CONFIG has none
+HEADER_LIMIT = 100_000_000  # bytes, of the format
 DTYPES = {
     "I64": torch.int64,
     "I32": torch.int32,
@@ -49,13 +55,14 @@ class SafetensorsFolder:
         self.owner = "load_quantized"
         require(not self.path.is_file(), self.owner, "path", "must be the folder", str(path))
         self._open: dict[str, Any] = {}
+        self._digests: dict[str, dict[str, str] | None] = {}
         index = self.path / INDEX
         mapped = self._index(index) if index.is_file() and not names else {}
         names = sorted(names or set(mapped.values()) or self._lying())
         if not names:
             what = "no safetensors files"
             raise FileNotFoundError(f"{self.owner}: {what} in {self.path} (pickles are not read)")
-        self.files = {tensor: name for name in names for tensor in self._file(name).keys()}
+        self.files = {tensor: name for name in names for tensor in self._file(name).offset_keys()}
         for tensor, file in mapped.items():
             there = self.files.get(tensor) == file
             require(there, self.owner, INDEX, f"names {tensor} in {file}", "no such tensor")
@@ -76,14 +83,23 @@ class SafetensorsFolder:
             if not (self.path / name).is_file():
                 raise FileNotFoundError(f"{self.owner}: {name} is not in {self.path}")
             try:
-                self._open[name] = safetensors.safe_open(self.path / name, framework="pt")
+                file = safetensors.safe_open(self.path / name, framework="pt")
             except safetensors.SafetensorError as error:
-                raise ValueError(f"{self.owner}: {name} is damaged: {error}") from error
+                why = where_it_ends(self.path / name) or error
+                raise ValueError(f"{self.owner}: {name} is damaged: {why}") from error
+            self._digests[name] = digests_in(self.owner, name, file.metadata())
+            self._open[name] = file
         return self._open[name]
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor by its full name."""
-        found: Tensor = self._file(self.files[name]).get_tensor(name)
+        """Return a tensor by its full name.
+
+        Raises:
+            ValueError: the file has digests, and another one for it.
+        """
+        file = self.files[name]
+        found: Tensor = self._file(file).get_tensor(name)
+        require_unchanged(self.owner, file, self._digests[file], name, found)
         return found
 
     def shape(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
@@ -124,3 +140,27 @@ class SafetensorsFolder:
             raise ValueError(f"{self.owner}: {path.name} is damaged: {error}") from error
         require_type(isinstance(content, dict), self.owner, path.name, "must be a table", content)
         return dict(content)
+
+
+def where_it_ends(path: Path) -> str:
+    """Say what a safetensors file that is cut short ends in; nothing if it is not, or unreadable.
+
+    It begins with the length of its header in 8 bytes, little-endian; the header is a JSON table
+    that says at which bytes behind it each tensor lies.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or (size < 8 + length and length <= HEADER_LIMIT):
+            return "it ends in its header"
+        if length > HEADER_LIMIT:
+            return ""
+        header = file.read(length)
+    try:
+        table = json.loads(header)
+        table.pop("__metadata__", None)
+        ends = {name: tuple(entry["data_offsets"]) for name, entry in table.items()}
+        lost = [(*at, name) for name, at in ends.items() if 8 + length + at[1] > size]
+        return f"it ends in {min(lost)[-1]}" if lost else ""
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+        return ""

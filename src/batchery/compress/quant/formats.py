@@ -26,7 +26,9 @@ Reference: the layouts of AutoGPTQ and GPTQModel, AutoAWQ, and compressed-tensor
 
 Where we differ: the label "gptq" is on files of both versions. A symmetric weight says itself which
 it is: its zeros are 7 in every nibble, or 8; so we ask them wherever the config does not deny
-symmetry. Version 1 cannot tell 0 from 16; we read 0.
+symmetry. Of any other weight we ask q: trained weights lie around 0, so q lies around z in nearly
+all rows, and a whole step off under the wrong label, which is refused. Version 1 cannot tell 0 from
+16; we read 0.
 """
 
 from collections.abc import Mapping
@@ -50,6 +52,7 @@ __all__ = [
 
 PER_WORD = 8
 HALF_ERROR = 2**-11 + 1e-3  # relative: float16's own, and what subnormals may add
+STEP_ROWS = 256  # of a weight, asked for its version
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 AWQ_INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
 
@@ -105,6 +108,7 @@ def unpack_gptq(
     *,
     version: Literal[1, 2] | None = None,
     symmetric: bool | None = None,
+    sure: bool = False,
     where: str = "",
 ) -> QuantizedWeight:
     """Read a layer of a GPTQ checkpoint.
@@ -114,10 +118,12 @@ def unpack_gptq(
         version: what the zeros mean, as far as the file says; zeros that are all 7 or all 8
             have precedence, unless `symmetric` is False.
         symmetric: whether the quantiser used no zeros, if that is known.
+        sure: the version is certain: neither zeros nor weights are asked.
         where: the layer and its file, for errors.
 
     Raises:
-        ValueError: a tensor is missing or does not fit, or it cannot be told what zeros mean.
+        ValueError: a tensor is missing or does not fit, it cannot be told what zeros mean, or they
+            mean something else by all appearances.
     """
     read = Reader("unpack_gptq", tensors, where)
     qweight = read.words("qweight")
@@ -125,9 +131,12 @@ def unpack_gptq(
     read.require(n % PER_WORD == 0, "qweight", "must have a multiple of 8 columns", n)
     scales = read.scales("scales", axis=1, n=n)
     stored = from_words(read.words("qzeros", (scales.shape[0], n // PER_WORD))).t()
-    less_one = _gptq_version(read, stored, version, symmetric) == 1
-    zeros = stored + 1 & 15 if less_one else stored
-    return read.weight(from_words(qweight.t()), scales.t(), zeros, k, "scales", "g_idx")
+    found = version if sure and version else _gptq_version(read, stored, version, symmetric)
+    zeros = stored + 1 & 15 if found == 1 else stored
+    qw = read.weight(from_words(qweight.t()), scales.t(), zeros, k, "scales", "g_idx")
+    if not sure:
+        _require_centred(read, qw, found)
+    return qw
 
 
 def pack_awq(qw: QuantizedWeight) -> dict[str, Tensor]:
@@ -321,6 +330,28 @@ def _gptq_version(
     rule = 'hold z - 1 or z? Give the format: "gptq_v1" or "gptq_v2"'
     read.require(version is not None, "qzeros", rule, f"version {version}")
     return int(version or 0)
+
+
+def _require_centred(read: Reader, qw: QuantizedWeight, version: int) -> None:
+    """Raise where q lies around another zero than the version's: around that of the other version.
+
+    Not where most groups have weights of one sign: their range was made to include 0, and z is at
+    an end of it. Most rows must agree, for a few far off may move the mean of all.
+    """
+    if qw.zeros is None:
+        return
+    some = slice(None, None, -(-len(qw.q) // STEP_ROWS))
+    zeros = qw.zeros[some]
+    ends, off = ((0, 1, 15), -1) if version == 1 else ((0, 14, 15), 1)
+    one_sided = torch.isin(zeros, zeros.new_tensor(ends)).float().mean()
+    rows = qw.q[some].float().mean(1) - zeros.float().mean(1)  # groups are equally large
+    agree = ((rows - off).abs() < 0.5).float().mean()
+    mean = float(rows.mean())
+    held, said = ("z", "z - 1") if version == 1 else ("z - 1", "z")
+    rule = f"hold {held}, it seems, not {said} as the config says: q lies a step from z in most "
+    rule += 'rows. Give the format: "gptq_v1" or "gptq_v2"'
+    wrong = bool(one_sided < 0.5) and bool(agree > 0.5) and abs(mean - off) < 0.25
+    read.require(not wrong, "qzeros", rule, f"mean(q - z) = {mean:.2f}")
 
 
 def half_scales(owner: str, scales: Tensor) -> Tensor:

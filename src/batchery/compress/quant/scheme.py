@@ -81,6 +81,7 @@ class Scheme:
         group_sizes: allowed sizes of groups, -1 for one group a row; empty: any.
         symmetric: no zeros; None where the config does not say.
         act_order: groups follow the order of activations; None where some layers' do.
+        sure: the version was given, not read from a config.
 
     Example:
         >>> scheme = Scheme.parse({"quant_method": "gptq", "bits": 4, "group_size": 128})
@@ -93,6 +94,7 @@ class Scheme:
     group_sizes: tuple[int, ...] = ()
     symmetric: bool | None = None
     act_order: bool | None = False
+    sure: bool = False
 
     @classmethod
     def parse(
@@ -102,7 +104,7 @@ class Scheme:
 
         Args:
             config: as in config.json; GPTQ's older quantize_config.json has no `quant_method`.
-            form: what the tensors really are, where the config is silent or wrong.
+            form: what the tensors really are, where the config is silent or wrong; obeyed.
 
         Raises:
             ValueError: these are no four-bit weights that we read; the entry is named.
@@ -110,7 +112,7 @@ class Scheme:
         one_of("load_quantized", "format", form, ("auto", *FORMATS))
         _table(config, "config")
         if not config and form != "auto":
-            return cls(form.partition("_v")[0], _VERSIONS.get(form))
+            return cls(form.partition("_v")[0], _VERSIONS.get(form), sure=form in _VERSIONS)
         method = config.get("quant_method", "gptq" if "bits" in config else None)
         if form == "compressed-tensors" or (form == "auto" and method == "compressed-tensors"):
             return _parse_compressed_tensors(config)
@@ -146,6 +148,7 @@ class Scheme:
             act_order=_common(
                 bool(own["desc_act"]) for own in entries.values() if "desc_act" in own
             ),
+            sure=form in _VERSIONS,
         )
         return _checked_24(scheme) if family == MARLIN_24 else scheme
 
@@ -189,7 +192,13 @@ class Scheme:
             ValueError: a tensor does not fit its format, the config or the kernels; it is named.
         """
         if self.family == "gptq":
-            qw = unpack_gptq(tensors, version=self.version, symmetric=self.symmetric, where=where)
+            qw = unpack_gptq(
+                tensors,
+                version=self.version,
+                symmetric=self.symmetric,
+                sure=self.sure,
+                where=where,
+            )
         else:
             unpack = {
                 "awq": unpack_awq,

@@ -13,9 +13,10 @@ dense model; Trainer and PEFT train adapters (see `lora_for_quantized`).
 
 Before loading, each linear layer whose words are in the files is replaced by a module of empty
 buffers named as in the files; afterwards each of those becomes a `QuantLinear`. So sharding and
-device maps are transformers' own. Stacked experts become modules first, for files name experts one
-by one. Layers on the disk, or moved in from the CPU, are refused; so are files that lack a linear
-layer of the base model.
+device maps are transformers' own; but before it reads the files, we read them once from first to
+last, and name what was changed after it was written (see `digests`) or is not finite. Stacked
+experts become modules first, for files name experts one by one. Layers on the disk, or moved in
+from the CPU, are refused; so are files that lack a linear layer of the base model.
 """
 
 from __future__ import annotations
@@ -38,12 +39,15 @@ from batchery.compress.quant.checkpoint import (
     quantized_state_dict,
     read_layer,
     replace_module,
+    require_finite,
     require_one_size,
+    stored_layers,
 )
+from batchery.compress.quant.digests import digests_of
 from batchery.compress.quant.experts import QuantExperts, layers_in_model
 from batchery.compress.quant.folder import SafetensorsFolder
 from batchery.compress.quant.linear import QuantLinear
-from batchery.compress.quant.scheme import METHODS, Format, Scheme, layers_of
+from batchery.compress.quant.scheme import METHODS, Format, Scheme
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -136,7 +140,8 @@ def from_pretrained(
     transformers = import_extra("transformers", "hf", "load_quantized")
     Scheme.parse(quantization, form=format)
     config = transformers.AutoConfig.from_pretrained(path)
-    config.quantization_config = {"quant_method": "gptq", **quantization, **FORCED[format]}
+    table = {"quant_method": "gptq", **quantization, **FORCED[format]}
+    config.quantization_config = {**table, "load_as": format}
     with transformers_enabled():
         place = None if device is None else {"": torch.device(device)}
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
@@ -149,13 +154,18 @@ def from_pretrained(
 
 
 class QuantLinearConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """A `quantization_config` as it is in the file."""
+    """A `quantization_config` as it is in the file.
 
-    def __init__(self, **config: Any) -> None:
+    Args:
+        load_as: `format` of `load_quantized`, which is not stored.
+        config: the entries.
+    """
+
+    def __init__(self, *, load_as: Format | Literal["auto"] = "auto", **config: Any) -> None:
         """Keep the entries."""
         self.quant_method = METHOD
         self.stored = config
-        self.scheme = Scheme.parse(config)
+        self.scheme = Scheme.parse(config, form=load_as)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -208,6 +218,7 @@ class QuantLinearQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self.scheme = quantization_config.scheme
         self.where: dict[str, str] = {}
+        self.searched = ""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse a device map that would offload."""
@@ -226,8 +237,12 @@ class QuantLinearQuantizer(HfQuantizer):  # type: ignore[misc]
         rule = "must be None: cut weights with slice_outputs and slice_inputs"
         require(plan is None, OWNER, "tp_plan", rule, plan)
         folder = SafetensorsFolder(Path(files[0]).parent, [Path(file).name for file in files])
-        layers = layers_of(folder.files, self.scheme.family)
+        self.searched = f"files in {folder.path.name}"
+        layers = stored_layers(folder, self.scheme)
         require(bool(layers), OWNER, "checkpoint_files", "must have quantised layers", files)
+        quantised = {full for names in layers.values() for full in names.values()}
+        read = ((name, folder.tensor(name)) for name in folder.files)
+        require_finite(model, (pair for pair in read if pair[0] not in quantised), folder)
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
         places = layers_in_model(model, layers)
         for stored, names in layers.items():
@@ -250,7 +265,7 @@ class QuantLinearQuantizer(HfQuantizer):  # type: ignore[misc]
             require(not offloaded, OWNER, where, "must not be offloaded", offloaded)
             replace_module(model, name, read_layer(self.scheme, tensors, linear, where))
         require_one_size(self.scheme, dict(quant_layers(model)), "checkpoint_files")
-        _all_loaded(model)
+        _all_loaded(model, self.searched)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         # `save_pretrained` leaves a name in the config.
@@ -263,9 +278,8 @@ class QuantLinearQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """Return the state in the format that was loaded."""
-        return quantized_state_dict(
-            model, replace(self.scheme, version=self.scheme.version or 1)
-        ), {}
+        scheme = replace(self.scheme, version=self.scheme.version or 1)
+        return _with_digests(model, quantized_state_dict(model, scheme))
 
     def is_serializable(self, **kwargs: Any) -> bool:
         """Say that `save_pretrained` works."""
@@ -293,14 +307,21 @@ class ReplacedQuantizer(QuantLinearQuantizer):
             self.remove_quantization_config(model)
             return None, {}
         scheme, self.quantization_config.stored = described(model, "gptq_v2")
-        return quantized_state_dict(model, scheme), {}
+        return _with_digests(model, quantized_state_dict(model, scheme))
 
 
 def _auto() -> Any:
     return import_extra("transformers.quantizers.auto", "hf", OWNER)
 
 
-def _all_loaded(model: Any) -> None:
+def _with_digests(model: Any, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a state and the digests of its tensors, also by the names that files have for them."""
+    loading = import_extra("transformers.core_model_loading", "hf", OWNER)
+    stored = loading.revert_weight_conversion(model, dict(state))
+    return state, digests_of({**state, **stored})
+
+
+def _all_loaded(model: Any, where: str) -> None:
     """Raise where a weight is not in the files: it would be random.
 
     New heads on a base model are no loss; transformers reports them.
@@ -312,7 +333,7 @@ def _all_loaded(model: Any) -> None:
         weights["output embeddings"] = head.weight
     # transformers marks what it loads or ties
     lost = [n for n, p in weights.items() if not getattr(p, "_is_hf_initialized", False)]
-    require(not lost, OWNER, "checkpoint_files", "must have all weights", f"no {lost[:3]}")
+    require(not lost, OWNER, where, "must have all weights", f"no {lost[:3]}")
 
 
 def _whole_experts(model: nn.Module) -> None:

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A SHA-256 of each tensor in the metadata of its safetensors file.
+
+`save_quantized` and `save_pretrained` write them; loaders compare them with what they read, so that
+bytes which a disk, a copy or a tool changed are found before anything is computed with them. When
+not: against an enemy. Who changes a tensor can change its digest, or leave all of them out: files
+without any, as other tools write them, are read as they are.
+
+    metadata["batchery.sha256"] = {name: SHA-256 of "name shape dtype", then the tensor's bytes}
+
+Names that changed places, shapes and dtypes are found like changed bytes. A file may list more
+names than it has: transformers gives all files of a folder the same metadata.
+"""
+
+import json
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from batchery._core.validate import require
+from batchery.compress.quant.calibration import digest_of_tensors
+
+__all__ = ["digests_in", "digests_of", "require_unchanged"]
+
+KEY = "batchery.sha256"
+
+
+def digests_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the metadata of a file that holds some tensors.
+
+    Example:
+        >>> import torch
+        >>> metadata = digests_of({"x": torch.ones(2)})
+        >>> sorted(digests_in("me", "x.safetensors", metadata))
+        ['x']
+    """
+    return {KEY: json.dumps({name: _digest(name, tensor) for name, tensor in tensors.items()})}
+
+
+def digests_in(owner: str, file: str, metadata: Mapping[str, str] | None) -> dict[str, str] | None:
+    """Return what a file's metadata lists, or None; a ValueError if that is no list of digests."""
+    text = (metadata or {}).get(KEY)
+    if text is None:
+        return None
+    try:
+        listed = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{owner}: {KEY} in {file} is damaged: {error}") from error
+    require(isinstance(listed, dict), owner, f"{KEY} in {file}", "must be a table", listed)
+    return dict(listed)
+
+
+def require_unchanged(
+    owner: str, file: str, listed: Mapping[str, str] | None, name: str, tensor: Tensor
+) -> None:
+    """Raise a ValueError unless a tensor is as the writer of its file left it."""
+    if listed is None:
+        return
+    if name not in listed:
+        raise ValueError(f"{owner}: {name} was added to {file} after it was written")
+    if listed[name] != _digest(name, tensor):
+        raise ValueError(f"{owner}: {name} in {file} was changed after it was written")
+
+
+def _digest(name: str, tensor: Tensor) -> str:
+    return digest_of_tensors([(name, tensor)])
