@@ -112,7 +112,8 @@ class LabSize:
 
 # nano sees an eighth of the text, once. small sees all of it about eight times: in a narrow proxy
 # with as many parameters per token, ten times the usual decay lost less on held-out text than the
-# usual one, and sixteen passes lost more than eight. On an H200 it takes 58 s (71 with its text), to 1.755 nats.
+# usual one, and sixteen passes lost more than eight. On an H200 it takes 58 s (71 with its text),
+# to 1.755 nats.
 _NANO = LabSize("nano", 128, 4, 4, 2, context=128, batch=8, steps=440, lr=4e-3, branch_init=0.2)
 _SMALL = LabSize("small", 512, 12, 8, 2, 512, batch=32, steps=1_750, lr=2e-3, weight_decay=1.0)
 SIZES = {size.name: size for size in (_NANO, _SMALL)}
