@@ -24,7 +24,7 @@ lint: venv
 	$(BIN)/mypy
 
 docs: venv
-	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+	$(BIN)/mkdocs build --strict --site-dir build/site
 
 readme: venv  ## rewrite the README's table from the cards and the stored results
 	$(BIN)/batchery report --readme README.md

@@ -20,7 +20,7 @@ def on_files(files: Files, config: Any) -> Files:
     for card in cards:
         files.append(File.generated(config, f"systems/{card.slug}.md", content=_page(card)))
     for name in ("CONTRIBUTING", "CHANGELOG"):
-        text = (ROOT / f"{name}.md").read_text()
+        text = (ROOT / f"{name}.md").read_text().replace("](docs/", "](")  # as seen from the site
         files.append(File.generated(config, f"{name.lower()}.md", content=text))
     decisions = sorted((ROOT / "docs" / "decisions").glob("*.md"))
     _fill_nav(

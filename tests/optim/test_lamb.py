@@ -268,6 +268,26 @@ def test_a_tensor_rate_is_read_at_every_step():
     assert_paths(trajectory(tensor, one, 1), trajectory(number, two, 1), 1e-12)
 
 
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype"),
+    [(torch.float32, torch.bfloat16), (torch.float64, torch.float32)],
+    ids=["bfloat16", "float32"],
+)
+def test_states_of_few_bits_do_not_round_the_parameters(foreach, dtype, state_dtype):
+    """The first step is that of full states: moments are rounded after it is computed."""
+    full, few = ([p.detach().to(dtype).requires_grad_() for p in weights()] for _ in range(2))
+    for params, state in ((full, None), (few, state_dtype)):
+        optimizer = LAMB(params, lr=0.1, foreach=foreach, state_dtype=state)
+        generator = torch.Generator().manual_seed(3)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(dtype)
+        optimizer.step()
+    assert optimizer.state[few[0]]["exp_avg"].dtype == state_dtype
+    for one, two in zip(full, few, strict=True):
+        torch.testing.assert_close(two, one, rtol=0, atol=0)
+
+
 def test_settings_changed_between_steps_take_effect():
     params = weights()
     optimizer = LAMB(params, lr=0.1)

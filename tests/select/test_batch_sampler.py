@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from dist_ranks import run_on_ranks
@@ -217,11 +218,46 @@ def test_a_shape_comes_with_every_index_until_it_is_taken_back():
     assert next(batches) == [(index, (8, 112)) for index in (6, 7, 8)]
     sampler.set_batch_size(3, shape=())
     assert next(batches) == [9, 10, 11]
-    with pytest.raises(ValueError, match=r"shape\[1\] must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="shape must be >= 1, got 0"):
         sampler.set_batch_size(3, shape=(4, 0))
-    with pytest.raises(TypeError, match=r"shape\[0\] must be an integer"):
+    with pytest.raises(TypeError, match="shape must be an integer"):
         sampler.set_batch_size(3, shape=(4.5,))
+    with pytest.raises(TypeError, match="shape must be a sequence of whole numbers, got int"):
+        sampler.set_batch_size(3, shape=8)
     assert sampler.shape == ()
+    sampler.set_batch_size(np.int64(3), shape=torch.tensor([3, 4]))
+    assert json.loads(json.dumps(sampler.state_dict()))["next_form"] == [3, 3, 4]
+
+
+def test_an_iterator_that_was_given_up_leaves_no_shape_behind():
+    sampler = ResumableBatchSampler(20, 2, shuffle=False)
+    old, new = iter(sampler), iter(sampler)
+    next(new)
+    sampler.set_batch_size(4, shape=(9,))
+    with pytest.raises(RuntimeError, match="a later iter"):
+        next(old)
+    next(new)
+    assert sampler.state_dict(consumed=0)["ahead"] == [[2], [4, 9]]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("next_form", [], r"must be lists .*, got list"),
+        ("ahead", [3], r"must be lists .*, got int"),
+        ("next_form", ["a"], "must be an integer, got str"),
+        ("ahead", [[0]], "must be >= 1, got 0"),
+        ("position", -3, "'position'. must be >= 0, got -3"),
+    ],
+)
+def test_a_state_of_no_sense_is_refused_and_changes_nothing(name, value, message):
+    sampler = ResumableBatchSampler(20, 4)
+    batches = iter(sampler)
+    next(batches)
+    before = sampler.state_dict()
+    with pytest.raises((ValueError, TypeError), match=message):
+        sampler.load_state_dict({**before, name: value})
+    assert sampler.state_dict() == before
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -204,3 +204,23 @@ def test_indices_come_in_every_form_and_are_copied(indices):
     list(sampler)
     assert sampler.scores.nan_to_num(-1).tolist() == [-1, 5, -1, 6, -1, -1, -1, -1]
     assert sampler.importance_weights([]).tolist() == []
+
+
+@pytest.mark.parametrize("mode", ["sample", "batch"])
+def test_batches_with_a_shape_are_reported_as_they_came(mode):
+    plain, shaped = (HardBatchSampler(16, 4, mode=mode, temperature=1.0) for _ in range(2))
+    shaped.set_batch_size(4, shape=(3, 5))
+    for one, two in zip(plain, shaped, strict=True):
+        assert two == [(index, (3, 5)) for index in one]
+        losses = torch.tensor(one, dtype=torch.float32)
+        if mode == "sample":
+            plain.update(losses, one)
+            shaped.update(losses, two)
+            assert torch.equal(shaped.importance_weights(two), plain.importance_weights(one))
+        else:
+            plain.update(losses.mean())
+            shaped.update(losses.mean())
+    next(iter(plain))
+    next(iter(shaped))
+    assert torch.equal(shaped.scores, plain.scores)
+    assert not shaped.scores.isnan().any()

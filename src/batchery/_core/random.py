@@ -13,7 +13,7 @@ from batchery._core.validate import require_type
 def derive_seed(*keys: object) -> int:
     """Mix keys (ints and strings) into a 63-bit seed that is the same on every machine.
 
-    Example:
+    Examples:
         >>> derive_seed(0, "epoch", 3) == derive_seed(0, "epoch", 3)
         True
     """

@@ -13,7 +13,7 @@ from types import ModuleType
 def require(ok: bool, owner: str, argument: str, rule: str, got: object) -> None:
     """Raise `ValueError("owner: argument rule, got …")` unless `ok`.
 
-    Example:
+    Examples:
         >>> require(2 > 1, "LAMB", "lr", "must be >= 0", 2)
     """
     if not ok:

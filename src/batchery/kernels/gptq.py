@@ -59,7 +59,7 @@ def round_block(
     Raises:
         RuntimeError: `impl="triton"` where the kernel cannot run.
 
-    Example:
+    Examples:
         >>> w, factor = torch.tensor([[1.4], [2.0]]), torch.tensor([[1.0, 0.5], [0.0, 2.0]])
         >>> q, e = round_block(w, factor, torch.ones(1, 1), None, torch.zeros(2, dtype=torch.int32))
         >>> q.tolist(), e  # 1.4 gives 1; then 2 - 0.5·0.4 = 1.8 gives 2

@@ -36,6 +36,7 @@ from batchery.kernels.multi_tensor import (
     tl,
     triton,
     triton_dtype,
+    wide_dtype,
 )
 
 
@@ -116,14 +117,19 @@ def lamb_step_(
                 grad_divisor=grad_divisor,
                 found_inf=found_inf,
             )
-    grads = prepared_grads(grads, exp_avgs[0].dtype, grad_divisor, rule.maximize)
+    dtype = wide_dtype(params, exp_avgs)
+    grads = prepared_grads(grads, dtype, grad_divisor, rule.maximize)
+    moments = as_dtype(exp_avgs, dtype), as_dtype(exp_avg_sqs, dtype)
     if impl == "foreach":
-        directions = _directions_foreach(params, grads, exp_avgs, exp_avg_sqs, steps, rule)
+        directions = _directions_foreach(params, grads, *moments, steps, rule)
     else:
         directions = [
             _direction(*tensors, rule)
-            for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
+            for tensors in zip(params, grads, *moments, steps, strict=True)
         ]
+    for kept, wide in zip((exp_avgs, exp_avg_sqs), moments, strict=True):
+        if wide is not kept:
+            torch._foreach_copy_(kept, wide)
     apply = _apply_foreach if impl == "foreach" else _apply_single
 
     def finish(squares: Tensor) -> Tensor:

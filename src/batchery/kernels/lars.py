@@ -34,6 +34,7 @@ from batchery.kernels.multi_tensor import (
     tl,
     triton,
     triton_dtype,
+    wide_dtype,
 )
 
 Variant = Literal["grad", "update", "momentum"]
@@ -107,9 +108,9 @@ def lars_step_(
                 grad_divisor=grad_divisor,
                 found_inf=found_inf,
             )
-    wide_dtype = momentum_buffers[0].dtype if momentum_buffers else params[0].dtype
-    grads = prepared_grads(grads, wide_dtype, grad_divisor, rule.maximize)
-    wide = as_dtype(params, wide_dtype)
+    dtype = wide_dtype(params, momentum_buffers)
+    grads = prepared_grads(grads, dtype, grad_divisor, rule.maximize)
+    wide = as_dtype(params, dtype)
     form = _apply_foreach if impl == "foreach" else _apply_single
     decayed = list(torch._foreach_add(grads, wide, alpha=rule.weight_decay))
     if rule.variant == "momentum" and rule.adapt:
@@ -122,7 +123,7 @@ def lars_step_(
     def finish(squares: Tensor) -> Tensor:
         ratios = local_rates(squares, rule, lr)
         form(wide, moved, buffers, ratios, rule, lr, first)
-        if wide_dtype != params[0].dtype:
+        if wide is not params:
             torch._foreach_copy_(params, wide)
         return ratios
 

@@ -56,6 +56,7 @@ __all__ = [
     "triton",
     "triton_dtype",
     "triton_ready",
+    "wide_dtype",
 ]
 
 Impl = Literal["single", "foreach", "fused"]
@@ -108,7 +109,7 @@ class ChunkTable:
         chunk: elements per chunk.
         device: where the table lies.
 
-    Example:
+    Examples:
         >>> table = ChunkTable([torch.zeros(5), torch.zeros(2, 3)], chunk=4, device="cpu")
         >>> table.chunks.tolist()  # (tensor, segment, begin, end) of each chunk
         [[0, 0, 0, 4], [0, 0, 4, 5], [1, 1, 0, 4], [1, 1, 4, 6]]
@@ -183,7 +184,7 @@ class ChunkTable:
 def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
     """Return the strides of the dimensions longer than 1; None where there are gaps in memory.
 
-    Example:
+    Examples:
         >>> memory_order(torch.zeros(2, 3).t()), memory_order(torch.zeros(2, 3)[:, :2])
         ((1, 3), None)
     """
@@ -249,6 +250,14 @@ def prepared_grads(
     if divisor is not None:
         ready = [grad / divisor.to(dtype) for grad in ready]
     return [-grad for grad in ready] if negate else ready
+
+
+def wide_dtype(*lists: list[Tensor]) -> torch.dtype:
+    """Return what a step is computed in: the widest of some lists' dtypes, at least float32."""
+    found = torch.float32
+    for tensors in lists:
+        found = torch.promote_types(found, tensors[0].dtype) if tensors else found
+    return found
 
 
 def as_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

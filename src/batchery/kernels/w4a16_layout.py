@@ -116,7 +116,7 @@ def pack_w4(
     Raises:
         ValueError: a shape, group size or value that cannot be packed.
 
-    Example:
+    Examples:
         >>> q = torch.randint(0, 16, (128, 256), dtype=torch.uint8)
         >>> weight = pack_w4(q, torch.ones(128, 2))
         >>> weight.words.shape, weight.group_size

@@ -83,7 +83,7 @@ def w4a16_sparse_matmul(
         ValueError: a shape, dtype or device that does not fit.
         RuntimeError: `impl="triton"` where the kernel cannot run.
 
-    Example:
+    Examples:
         >>> from batchery.kernels.w4a16_sparse_layout import pack_sparse_w4
         >>> q = torch.tensor([[9, 8, 8, 6]] * 2, dtype=torch.uint8)
         >>> weight = pack_sparse_w4(q, torch.tensor([[1.0], [0.5]]))

@@ -90,7 +90,7 @@ def pack_sparse_w4(
     Raises:
         ValueError: a shape, group size or value that cannot be packed.
 
-    Example:
+    Examples:
         >>> q = torch.tensor([[8, 15, 8, 1, 9, 8, 8, 8]] * 2, dtype=torch.uint8)
         >>> weight = pack_sparse_w4(q, torch.ones(2, 1))
         >>> weight.words.shape, torch.equal(unpack_sparse_w4(weight), q)

@@ -60,7 +60,7 @@ class DecayTrigger(TrainerCallback):  # type: ignore[misc]
     Raises:
         ValueError: no budget and no signal, or `flops` without `flops_per_step`.
 
-    Example:
+    Examples:
         >>> DecayTrigger(seconds=3600, num_decay=0.1)
         DecayTrigger(seconds=3600, flops=None, signal=None, num_decay=0.1)
     """

@@ -72,7 +72,7 @@ class LAMB(LayerwiseOptimizer):
         TypeError: parameters or gradients are complex, integer or sparse.
         RuntimeError: `fused=True` where there is no kernel; device and dtype are named.
 
-    Example:
+    Examples:
         >>> weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
         >>> optimizer = LAMB([weight], lr=0.1)
         >>> weight.sum().backward()

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from batchery._core.validate import integer, number, one_of, require
+from batchery._core.validate import integer, number, one_of, require, require_type
 
 NORMS: tuple[type[nn.Module], ...] = (
     nn.LayerNorm,
@@ -57,14 +57,18 @@ def layer_adaptation_groups(
 
     Raises:
         ValueError: the model has no trainable parameter, or `weight_decay` is negative.
+        TypeError: the model is no module, or the names are no sequence.
 
-    Example:
+    Examples:
         >>> groups = layer_adaptation_groups(nn.Linear(3, 2), weight_decay=0.01)
         >>> [(g["weight_decay"], [name for name, _ in g["params"]]) for g in groups]
         [(0.01, ['weight']), (0.0, ['bias'])]
     """
     owner = "layer_adaptation_groups"
+    require_type(isinstance(model, nn.Module), owner, "model", "must be a module", model)
     number(owner, "weight_decay", weight_decay, at_least=0)
+    named = not isinstance(skip_names, str) and isinstance(skip_names, Sequence)
+    require_type(named, owner, "skip_names", "must be a sequence of names", skip_names)
     adapted: list[tuple[str, Tensor]] = []
     plain: list[tuple[str, Tensor]] = []
     seen: set[Tensor] = set()
@@ -99,7 +103,7 @@ def scale_lr(
     Raises:
         ValueError: a batch size below 1, a negative `lr` or an unknown rule.
 
-    Example:
+    Examples:
         >>> scale_lr(6.25e-4, 32768, 512)
         0.005
     """
@@ -118,7 +122,7 @@ def warmup_fraction(batch: int, base_batch: int = 512, base_fraction: float = 1 
     The share grows with the batch (so the warm-up sees the same number of epochs at any batch
     size per unit of learning rate) and is capped at 1.
 
-    Example:
+    Examples:
         >>> warmup_fraction(32768)
         0.2
     """

@@ -69,7 +69,7 @@ class LARS(LayerwiseOptimizer):
         TypeError: parameters or gradients are complex, integer or sparse.
         RuntimeError: `fused=True` where there is no kernel; device and dtype are named.
 
-    Example:
+    Examples:
         >>> weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
         >>> optimizer = LARS([weight], lr=1.0, adapt=True, trust_coefficient=0.1)
         >>> (weight[0] * 7).backward()

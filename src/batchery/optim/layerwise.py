@@ -161,6 +161,7 @@ class LayerwiseOptimizer(Optimizer, ABC):
                 alike.setdefault(together, (bucket.reduce, []))[1].append((bucket, half))
             else:
                 bucket.ratios = half.finish()
+            del half  # or its tensors would be here while the next bucket makes its own
         for reduce, waiting in alike.values():
             sums = sum_together([half.squares for _, half in waiting], reduce)
             for (bucket, half), own in zip(waiting, sums, strict=True):
@@ -349,6 +350,7 @@ def _check_rate(owner: str, name: str, rate: float | Tensor) -> None:
     """Raise unless a setting is finite and not negative; reading a device would wait for it."""
     if isinstance(rate, Tensor):
         require(rate.numel() == 1, owner, name, "must have one element", tuple(rate.shape))
+        require_type(not rate.is_complex(), owner, name, "must be real", rate.dtype)
         if not rate.is_cpu:
             return
         rate = float(rate)

@@ -76,7 +76,7 @@ class WSDScheduler(LRScheduler):
         ValueError: a length, fraction or shape that makes no sense, or warm-up and decay longer
             than the whole; a `last_epoch` of 0 or more on an optimizer without peak rates.
 
-    Example:
+    Examples:
         >>> import torch
         >>> weight = torch.nn.Parameter(torch.zeros(2))
         >>> optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -277,7 +277,7 @@ class WSDScheduler(LRScheduler):
             ValueError: the decay has already started (the message says where), or the rate is
                 still 0, at the start of a warm-up.
 
-        Example:
+        Examples:
             >>> import torch
             >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
             >>> scheduler = WSDScheduler(optimizer, num_warmup=0, unit="tokens")
@@ -299,7 +299,7 @@ class WSDScheduler(LRScheduler):
         Args:
             num_decay: as in `start_decay`.
 
-        Example:
+        Examples:
             >>> import torch
             >>> def build():
             ...     weight = torch.nn.Parameter(torch.zeros(1))
@@ -331,7 +331,7 @@ class WSDScheduler(LRScheduler):
         Raises:
             ValueError: `n` is negative, or reaches past the start of a planned decay.
 
-        Example:
+        Examples:
             >>> import torch
             >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
             >>> scheduler = WSDScheduler(optimizer, num_warmup=0)

@@ -113,7 +113,7 @@ def wsd_factor(
             half-life that defines it.
         TypeError: a step or length is no number.
 
-    Example:
+    Examples:
         >>> [wsd_factor(s, warmup=2, stable=3, decay=4, shape="linear") for s in (0, 1, 5, 7, 9)]
         [0.0, 0.5, 1.0, 0.5, 0.0]
     """

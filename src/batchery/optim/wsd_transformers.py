@@ -55,7 +55,7 @@ def get_wsd_schedule(
     Raises:
         ValueError: neither or disagreeing lengths are given, or `num_cycles` is not 0.5.
 
-    Example:
+    Examples:
         >>> import torch
         >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
         >>> scheduler = get_wsd_schedule(optimizer, 10, 20, num_training_steps=100)

@@ -38,7 +38,7 @@ def zcdp_epsilon(rho: float, delta: float) -> float:
         rho: ρ, at least 0.
         delta: δ, in (0, 1).
 
-    Example:
+    Examples:
         >>> round(zcdp_epsilon(0.5, 1e-6), 4)
         5.2215
     """
@@ -70,7 +70,7 @@ def zcdp_rho(epsilon: float, delta: float) -> float:
     Raises:
         ValueError: ε or δ is not in its range; or both are so small that no ρ is found.
 
-    Example:
+    Examples:
         >>> zcdp_epsilon(zcdp_rho(1.0, 1e-6), 1e-6) <= 1.0
         True
     """
@@ -89,7 +89,7 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
         mu: μ = Δ / σ, above 0.
         epsilon: ε, at least 0.
 
-    Example:
+    Examples:
         >>> round(gaussian_delta(1 / 3.73063, 1.0), 9)
         1e-05
     """
@@ -109,7 +109,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
         mu: μ = Δ / σ, above 0.
         delta: δ, in (0, 1).
 
-    Example:
+    Examples:
         >>> round(gaussian_epsilon(1 / 3.73063, 1e-5), 4)
         1.0
     """
@@ -127,7 +127,7 @@ def gaussian_mu(epsilon: float, delta: float) -> float:
         epsilon: ε, above 0.
         delta: δ, in (0, 1).
 
-    Example:
+    Examples:
         >>> round(1 / gaussian_mu(1.0, 1e-5), 5)
         3.73063
     """
@@ -144,7 +144,7 @@ def gaussian_scale(epsilon: float, delta: float, sensitivity: float = 1.0) -> fl
         delta: δ, in (0, 1).
         sensitivity: L2 sensitivity Δ of what the noise is added to.
 
-    Example:
+    Examples:
         >>> round(gaussian_scale(1.0, 1e-5), 5)
         3.73063
     """
@@ -170,7 +170,7 @@ class Budget:
     Raises:
         ValueError: ρ or ε is negative, δ is not in (0, 1), or these do not fit each other.
 
-    Example:
+    Examples:
         >>> Budget(rho=0.5).epsilon(1e-6) < 5.23
         True
         >>> Budget.pure(0.5).group(2)

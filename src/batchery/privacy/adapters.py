@@ -36,7 +36,7 @@ class OnOneRank:
     Raises:
         ValueError: the first rank has no mechanism.
 
-    Example:
+    Examples:
         >>> counter = OnOneRank(TreeCounter(10, budget=Budget(rho=0.5)))
         >>> counter.update(torch.tensor(1)).dtype
         torch.int64
@@ -96,7 +96,7 @@ class PrivateAccuracy:
     Raises:
         ValueError: an argument is outside its range; it is named.
 
-    Example:
+    Examples:
         >>> accuracy = PrivateAccuracy(100, budget=Budget(rho=0.5))
         >>> accuracy.update(torch.tensor([1, 0, 2]), torch.tensor([1, 1, 2]))
         >>> 0.0 <= accuracy.compute() <= 1.0

@@ -51,7 +51,7 @@ class Audit:
         ValueError: fewer than 4 scores of a side, or one that is not a number.
         ImportError: scipy is not installed.
 
-    Example:
+    Examples:
         >>> normal = np.random.default_rng(0).normal(size=(2, 100_000))
         >>> found = Audit(normal[0], normal[1] + 1)  # σ = 1 on a sensitivity of 1: μ = 1
         >>> 0.95 < found.mu <= 1, found.exceeds(Budget(0.5)), found.exceeds(Budget(0.1))
@@ -160,7 +160,7 @@ def off_lattice(values: Any, spacing: float) -> Floats:
     point on the count 1, if it comes out below 1/2, was larger and is such a multiple; on the
     count 0 it need not be.
 
-    Example:
+    Examples:
         >>> off_lattice([0.5, 0.5 + 2**-53, 0.25 + 2**-54, 3.0], 2.0**-53).tolist()
         [0.0, 0.0, 1.0, 0.0]
     """

@@ -77,7 +77,7 @@ def recompute_max(
         midpoint: held at what it will be in the middle, not at what it was.
         interval: r, instead of the best.
 
-    Example:
+    Examples:
         >>> plan = recompute_max(10_000, Budget(rho=0.5), 0.05, midpoint=False)
         >>> plan.interval, round(plan.bound(0.05), 1)
         (36, 105.2)

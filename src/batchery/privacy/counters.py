@@ -237,7 +237,7 @@ class TreeCounter(Counter):
     Raises:
         ValueError: an argument is outside its range; it is named.
 
-    Example:
+    Examples:
         >>> counter = TreeCounter(1000, budget=Budget(rho=0.5))
         >>> releases = counter.update_many(torch.ones(1000, dtype=torch.int64))
         >>> bool(abs(releases[-1] - 1000) < counter.error_bound(1e-9))

@@ -65,7 +65,7 @@ def invert_(words: Tensor, law: Law, source: Source) -> Tensor:
     Returns:
         `words`, now noise. The host waits for the device once.
 
-    Example:
+    Examples:
         >>> from fractions import Fraction
         >>> from batchery.privacy.noise import BitSource
         >>> law = Law("laplace", Fraction(1), 1, halved=True)

@@ -167,7 +167,7 @@ class FactorizationCounter(Counter):
         ValueError: a pure budget, discrete noise, a square root too large for the memory budget,
             or an argument outside its range.
 
-    Example:
+    Examples:
         >>> counter = FactorizationCounter(1000, budget=Budget(rho=0.5))
         >>> releases = counter.update_many(torch.ones(1000))
         >>> bool(abs(releases[-1] - 1000) < counter.error_bound(1e-9))
@@ -275,7 +275,7 @@ def noise_stream(counter: Counter) -> Iterator[Tensor]:
         TypeError: it is no counter.
         ValueError: the counter has no horizon, or has been used.
 
-    Example:
+    Examples:
         >>> counter = FactorizationCounter(3, 2, budget=Budget(rho=0.5), row_sensitivity=0.1)
         >>> [tuple(noise.shape) for noise in noise_stream(counter)]
         [(2,), (2,), (2,)]

@@ -12,7 +12,7 @@ _forks = 0  # between the first process of this program and this one
 def process() -> tuple[int, int]:
     """Return what is another in every process that comes of a fork.
 
-    Example:
+    Examples:
         >>> process() == process()
         True
     """

@@ -43,7 +43,7 @@ from batchery.privacy.tree import TreeDesign
 class Challenge(NamedTuple):
     """Two records, of which the game takes one.
 
-    Example:
+    Examples:
         >>> Challenge(0, 1).second
         1
     """
@@ -113,7 +113,7 @@ class ContinualGame:
             the same for the same releases: coins are fixed in advance.
         steps: length of the game; by default the mechanism's horizon.
 
-    Example:
+    Examples:
         >>> from batchery.privacy import Budget, DiscreteNoise, TreeCounter
         >>> def adversary(releases):
         ...     return Challenge(0, 1) if len(releases) == 2 else int(sum(releases)) % 2

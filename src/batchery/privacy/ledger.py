@@ -47,7 +47,7 @@ from batchery.privacy.stream import Stream
 class BudgetExceeded(ValueError):
     """A stream would take more than what is left of the total; it was not opened.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from batchery.privacy import TreeCounter
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +66,7 @@ def within(total: Budget, costs: Sequence[Budget]) -> bool:
     Gaussian mechanisms, μ² does, against the μ of (ε, δ). A total of Gaussian loss takes no others.
     Numbers are taken as the decimals they are written as: 0.1 and 0.2 fit into 0.3.
 
-    Example:
+    Examples:
         >>> within(Budget(rho=0.3), [Budget(rho=0.1), Budget(rho=0.2)])
         True
         >>> within(Budget.pure(1.0), [Budget(rho=0.1)])
@@ -119,7 +119,7 @@ class Ledger:
         CorruptLedger: the file is damaged, empty, or no ledger; it is left as it is.
         ValueError: the file has another total.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from batchery.privacy import TreeCounter
         >>> folder = tempfile.TemporaryDirectory()

@@ -42,7 +42,7 @@ CREATE TABLE releases (
 class LedgerError(RuntimeError):
     """A ledger cannot be used as it is; nothing has been released.
 
-    Example:
+    Examples:
         >>> issubclass(CorruptLedger, LedgerError), issubclass(LedgerConflict, LedgerError)
         (True, True)
     """
@@ -51,7 +51,7 @@ class LedgerError(RuntimeError):
 class CorruptLedger(LedgerError):
     """A ledger is damaged, empty, gone, or no ledger. Its content is left as it is.
 
-    Example:
+    Examples:
         >>> from batchery.privacy import Ledger
         >>> with tempfile.NamedTemporaryFile() as file:
         ...     try:
@@ -65,7 +65,7 @@ class CorruptLedger(LedgerError):
 class LedgerConflict(LedgerError):
     """Another process holds a stream, or has moved it on; nothing has been drawn.
 
-    Example:
+    Examples:
         >>> from batchery.privacy import Budget, Ledger, TreeCounter
         >>> def open_in(ledger):
         ...     return ledger.open("clicks", TreeCounter(9, budget=Budget(rho=0.5)))
@@ -88,7 +88,7 @@ class Release:
         value: a number, or nested lists of numbers.
         time: when it was written, UTC, ISO 8601.
 
-    Example:
+    Examples:
         >>> Release(3, 17, "2026-01-01T00:00:00.000+00:00").value
         17
     """

@@ -44,7 +44,7 @@ def hard_shape(horizon: int, rho: float) -> tuple[int, int]:
     Returns:
         (d, n): about (Tρ)^(2/3) / 2, and T / (2d + 1).
 
-    Example:
+    Examples:
         >>> hard_shape(1024, 0.5)
         (32, 15)
     """
@@ -69,7 +69,7 @@ def hard_stream(
     Raises:
         ValueError: an argument is below 1, or the horizon too short.
 
-    Example:
+    Examples:
         >>> stream = hard_stream(40, 4, 4)
         >>> sum(repeats for _, repeats in stream.runs())
         40
@@ -92,7 +92,7 @@ class HardStream:
         secret: the hidden rows, bool [n, d].
         horizon: T, the number of rows.
 
-    Example:
+    Examples:
         >>> stream = HardStream(torch.tensor([[True, False], [True, True]]), 10)
         >>> stream.read_out(stream.maxima()).tolist() == stream.counts().tolist() == [2, 1]
         True

@@ -77,7 +77,7 @@ class MaxSum(ColumnMechanism):
     Raises:
         ValueError: an argument is outside its range; it is named.
 
-    Example:
+    Examples:
         >>> leader = MaxSum(1000, 5, budget=Budget(rho=0.5))
         >>> rows = torch.tensor([1, 0, 0, 0, 1]).expand(1000, 5)
         >>> releases = leader.update_many(rows)
@@ -234,7 +234,7 @@ class SumSelect(ColumnMechanism):
     Raises:
         ValueError: an argument is outside its range; it is named.
 
-    Example:
+    Examples:
         >>> leader = SumSelect(1000, 5, budget=Budget(rho=5.0))
         >>> rows = torch.tensor([0, 0, 1, 0, 0]).expand(1000, 5)
         >>> int(leader.update_many(rows)[-1])

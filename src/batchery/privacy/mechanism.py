@@ -50,7 +50,7 @@ Commit = Callable[[State], object]
 class HorizonExceeded(ValueError):
     """A mechanism was asked for more releases than it was made, and paid, for.
 
-    Example:
+    Examples:
         >>> from batchery.privacy import TreeCounter
         >>> try:
         ...     TreeCounter(2, budget=Budget(rho=0.5)).update_many([1, 1, 1])

@@ -56,7 +56,7 @@ class BitSource:
     Args:
         insecure_seed: for tests only: a reproducible and therefore worthless stream. It warns.
 
-    Example:
+    Examples:
         >>> source = BitSource()
         >>> bool((source.below(6, 100) < 6).all())
         True
@@ -202,7 +202,7 @@ class DiscreteNoise:
         device: of the noise, which then comes as tensors; without one, as arrays.
         insecure_seed: for tests only; see `BitSource`. It draws the same on every device.
 
-    Example:
+    Examples:
         >>> noise = DiscreteNoise()
         >>> z = noise.sample("gaussian", Fraction(9), (2, 3))
         >>> z.dtype, z.shape
@@ -321,7 +321,7 @@ def discrete_gaussian(
     Returns:
         int64 array.
 
-    Example:
+    Examples:
         >>> bool(abs(discrete_gaussian(Fraction(100), 1000).mean()) < 5)
         True
     """
@@ -342,7 +342,7 @@ def discrete_laplace(
     Returns:
         int64 array.
 
-    Example:
+    Examples:
         >>> bool(abs(discrete_laplace(Fraction(10), 1000).mean()) < 5)
         True
     """
@@ -360,7 +360,7 @@ def round_up(value: Fraction, bits: int = 24) -> Fraction:
 
     Noise scales are rounded this way: never less noise than the budget asks for, and few digits.
 
-    Example:
+    Examples:
         >>> round_up(Fraction(1, 3), 4)
         Fraction(11, 32)
     """

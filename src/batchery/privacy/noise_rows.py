@@ -52,7 +52,7 @@ class FloatNoise:
         device: where noise is drawn; the generator's.
         dtype: of the noise.
 
-    Example:
+    Examples:
         >>> noise = FloatNoise(torch.Generator().manual_seed(0))
         >>> noise.sample("gaussian", Fraction(4), (2, 3)).shape
         torch.Size([2, 3])

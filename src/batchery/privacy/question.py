@@ -52,7 +52,7 @@ class Question:
     Raises:
         ValueError: these do not go together.
 
-    Example:
+    Examples:
         >>> question = Question("count", ("city",), ("paris", "rome"))
         >>> question.row({"city": "rome"})
         [0, 1]

@@ -80,7 +80,7 @@ class Records:
         columns: those that will be read; a header must have them.
         follow: as for `lines`.
 
-    Example:
+    Examples:
         >>> import io
         >>> records = Records(io.BytesIO(b"city,n\nrome,3\n"), "csv", ["city"])
         >>> [[records.parse(line) for _, line in block] for block in records]

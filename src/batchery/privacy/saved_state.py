@@ -35,7 +35,7 @@ def state_to_bytes(state: Mapping[str, Any]) -> bytes:
     Raises:
         TypeError: the state holds something else.
 
-    Example:
+    Examples:
         >>> state_from_bytes(state_to_bytes({"t": 1, "sums": torch.tensor([3, 4])}))
         {'t': 1, 'sums': tensor([3, 4])}
     """
@@ -62,7 +62,7 @@ def fill_(tensor: Tensor, state: Mapping[str, Any], name: str) -> None:
     Raises:
         Misfit: it is no such tensor; nothing has been copied.
 
-    Example:
+    Examples:
         >>> fill_(torch.zeros(2), {"sums": torch.zeros(1)}, "sums")
         Traceback (most recent call last):
         batchery.privacy.saved_state.Misfit: 'sums' as float32 [2], got float32 [1]

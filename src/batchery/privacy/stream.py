@@ -27,7 +27,7 @@ class Stream:
         mechanism: what releases; it is not to be updated but through the stream.
         published: the last step whose release was confirmed to have been shown.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from batchery.privacy import Budget, Ledger, TreeCounter
         >>> with tempfile.TemporaryDirectory() as folder, Ledger(f"{folder}/clicks.db") as ledger:

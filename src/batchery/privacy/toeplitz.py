@@ -27,7 +27,7 @@ _BASE = 64  # steps that are multiplied directly; longer reaches go by FFT
 def sqrt_coefficients(n: int) -> Column:
     """Return the first column of the square root of A, f_k = C(2k, k) / 4^k, k < n.
 
-    Example:
+    Examples:
         >>> sqrt_coefficients(4).tolist()
         [1.0, 0.5, 0.375, 0.3125]
     """

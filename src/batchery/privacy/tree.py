@@ -33,7 +33,7 @@ def node_variance(level: int, estimator: Estimator = "prefix") -> float:
 def tree_variance(t: int, estimator: Estimator = "prefix") -> float:
     """Return the variance of release `t`, in variances of one noise.
 
-    Example:
+    Examples:
         >>> tree_variance(7), round(tree_variance(7, "honaker"), 4)
         (3.0, 2.2381)
     """

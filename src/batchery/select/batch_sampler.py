@@ -48,7 +48,7 @@ from torch.utils.data import Sampler
 from batchery._core.dist import rank_and_size
 from batchery._core.random import new_generator, seed_of
 from batchery._core.state import check_fits
-from batchery._core.validate import integer, require, require_type
+from batchery._core.validate import integer, one_of, require, require_type
 
 Ints = npt.NDArray[np.int64]
 Shape = tuple[int, ...]  # of an example; empty where none was asked for
@@ -71,7 +71,7 @@ def cut(start: int, size: int, total: int, world_size: int, drop_last: bool) -> 
         world_size: ranks that share the batch.
         drop_last: leave out what is less than a batch.
 
-    Example:
+    Examples:
         >>> [cut(start, 4, 10, 2, False) for start in (0, 4, 8, 10)], cut(8, 4, 10, 2, True)
         ([4, 8, 10, None], None)
         >>> cut(4, 4, 9, 2, False)  # one example for two ranks joins the batch before
@@ -112,7 +112,7 @@ class ResumableBatchSampler(Sampler[list[Any]]):
         ValueError: an argument is out of its range, or there are too few examples for one batch.
         TypeError: the data source has no length.
 
-    Example:
+    Examples:
         >>> sampler = ResumableBatchSampler(10, 4, shuffle=False)
         >>> batches = iter(sampler)
         >>> next(batches)
@@ -162,6 +162,8 @@ class ResumableBatchSampler(Sampler[list[Any]]):
             integer(owner, "world_size", world_size, at_least=1)
             integer(owner, "rank", rank, at_least=0)
             require(rank < world_size, owner, "rank", f"must be < world_size {world_size}", rank)
+        one_of(owner, "shuffle", shuffle, (True, False))
+        one_of(owner, "drop_last", drop_last, (True, False))
         self.num_examples = count
         self.shuffle = shuffle
         self.drop_last = drop_last
@@ -263,7 +265,11 @@ class ResumableBatchSampler(Sampler[list[Any]]):
             shape: of its examples; batches are then lists of pairs (index, shape). By default the
                 one in force stays; `()` goes back to plain indices.
 
-        Example:
+        Raises:
+            ValueError: the size is not a multiple of the world size, or a length is below 1.
+            TypeError: the shape is no sequence of whole numbers.
+
+        Examples:
             >>> sampler = ResumableBatchSampler(6, 2, shuffle=False)
             >>> batches = iter(sampler)
             >>> next(batches)
@@ -275,10 +281,7 @@ class ResumableBatchSampler(Sampler[list[Any]]):
         owner = type(self).__name__
         integer(owner, "batch_size", batch_size, at_least=1)
         self._check_batch_size(batch_size)
-        kept = self.shape if shape is None else tuple(shape)
-        for place, length in enumerate(kept):
-            integer(owner, f"shape[{place}]", length, at_least=1)
-        self._form = Form(batch_size, kept)
+        self._form = Form(int(batch_size), self.shape if shape is None else _shape(owner, shape))
 
     def _check_batch_size(self, batch_size: int) -> None:
         world_size = self._place()[1]
@@ -294,18 +297,22 @@ class ResumableBatchSampler(Sampler[list[Any]]):
             self._begin(self._epoch + 1)
         self._order()
         self._ends, self._shapes = [self._start], []
-        return self._walk(self._ends, self._ahead)
+        return self._walk(self._ends, self._shapes, self._ahead)
 
-    def _walk(self, ends: list[int], ahead: list[Form]) -> Iterator[list[Any]]:
+    def _walk(self, ends: list[int], shapes: list[Shape], ahead: list[Form]) -> Iterator[list[Any]]:
+        self._require_current(ends)
         while (end := self._next_end(ends, ahead)) is not None:
             shape = self._next_form(ends, ahead).shape
-            self._shapes.append(shape)
+            shapes.append(shape)
             ends.append(end)
             batch = self._share(len(ends) - 2).tolist()
             yield [(index, shape) for index in batch] if shape else batch
-            if ends is not self._ends:
-                raise RuntimeError(f"{type(self).__name__}: a later iter() has taken over")
+            self._require_current(ends)
         self._over = True
+
+    def _require_current(self, ends: list[int]) -> None:
+        if ends is not self._ends:
+            raise RuntimeError(f"{type(self).__name__}: a later iter() has taken over")
 
     def __len__(self) -> int:
         """Return the number of batches in the pass in hand, those already yielded included."""
@@ -337,7 +344,7 @@ class ResumableBatchSampler(Sampler[list[Any]]):
         Raises:
             ValueError: `consumed` is negative or more than were yielded.
 
-        Example:
+        Examples:
             >>> sampler = ResumableBatchSampler(8, 2, shuffle=False)
             >>> ahead = list(sampler)  # a loader has read all of it; training has used one
             >>> again = ResumableBatchSampler(8, 2, shuffle=False)
@@ -376,8 +383,10 @@ class ResumableBatchSampler(Sampler[list[Any]]):
         self._seed = state_dict["seed"]
         self._start = state_dict["position"]
         self._before = state_dict["batches"]
-        forms = [state_dict["next_form"], *state_dict["ahead"]]
-        self._form, *self._ahead = (Form(size, tuple(shape)) for size, *shape in forms)
+        self._form, *self._ahead = (
+            Form(form[0], tuple(form[1:]))
+            for form in (state_dict["next_form"], *state_dict["ahead"])
+        )
         self._over = state_dict["over"]
         self._ends = [self._start]
 
@@ -392,8 +401,22 @@ class ResumableBatchSampler(Sampler[list[Any]]):
             value = state_dict[name]
             rule = f"must be of type {kind.__name__}"
             require_type(isinstance(value, kind), owner, f"state_dict[{name!r}]", rule, value)
+        for name in ("epoch", "position", "batches"):
+            integer(owner, f"state_dict[{name!r}]", state_dict[name], at_least=0)
+        for form in (state_dict["next_form"], *state_dict["ahead"]):
+            fits = isinstance(form, list | tuple) and len(form) > 0
+            require_type(fits, owner, "forms in state_dict", "must be lists [size, *shape]", form)
+            _shape(owner, form)
 
     def __repr__(self) -> str:
         """Show the settings and the position."""
         settings = ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
         return f"{type(self).__name__}({settings}) at epoch {self._epoch}, {self._ends[-1]}"
+
+
+def _shape(owner: str, lengths: Sequence[int]) -> Shape:
+    """Return lengths as plain numbers, or raise a ValueError or TypeError."""
+    rule = "must be a sequence of whole numbers"
+    require_type(hasattr(lengths, "__iter__"), owner, "shape", rule, lengths)
+    checked = [integer(owner, "shape", length, at_least=1) for length in lengths]
+    return tuple(map(int, checked))

@@ -58,7 +58,7 @@ class HardBatchCallback(TrainerCallback):  # type: ignore[misc]
             `logits` `[B, C]` with `labels` `[B]`. With gradient accumulation give it in batch mode
             too: many models divide their loss by the examples of the whole step.
 
-    Example:
+    Examples:
         >>> callback = HardBatchCallback(HardBatchSampler(1000, 8))
         >>> callback.attach(trainer)  # doctest: +SKIP
     """

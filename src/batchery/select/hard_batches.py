@@ -64,7 +64,7 @@ def train_budget(
         delta: share of the batches that a round keeps, in (0, 1].
         warmup_epochs: rounds that keep all.
 
-    Example:
+    Examples:
         >>> train_budget(10, epochs=4, delta=0.4)  # 10 + 7 · 4 + 2
         (9, 40)
     """
@@ -123,7 +123,7 @@ class HardBatchSampler(ResumableBatchSampler):
         ValueError: an argument is out of range, belongs to the other mode, or leaves fewer than
             two batches.
 
-    Example:
+    Examples:
         >>> sampler = HardBatchSampler(8, 2, delta=0.5, shuffle_partition=False)
         >>> for batch, loss in zip(sampler, [0.1, 0.9, 0.4, 0.7]):
         ...     sampler.update(loss)
@@ -254,7 +254,7 @@ class HardBatchSampler(ResumableBatchSampler):
             ValueError: the number of losses is neither 1 nor that of the indices.
             RuntimeError: every yielded batch has been reported.
 
-        Example:
+        Examples:
             >>> sampler = HardBatchSampler(6, 2, mode="sample")
             >>> sampler.update(torch.arange(6.0), range(6))  # a pass over all, before a round
             >>> sampler.set_epoch(1)

@@ -29,12 +29,12 @@ from batchery.select.selection import Floats, Ints
 
 
 def as_indices(indices: Sequence[int] | Ints | Tensor) -> Tensor:
-    """Return a copy of indices as int64 `[n]`, on their device.
+    """Return a copy of indices as int64 `[n]`, on their device; of pairs (index, shape) the first.
 
     Raises:
         TypeError: they are not whole numbers.
 
-    Example:
+    Examples:
         >>> as_indices([3, 1]), as_indices(torch.tensor([[2]], dtype=torch.uint8))
         (tensor([3, 1]), tensor([2]))
     """
@@ -46,6 +46,8 @@ def as_indices(indices: Sequence[int] | Ints | Tensor) -> Tensor:
             return indices.to(torch.int64, copy=True).flatten()
     else:
         with suppress(TypeError, struct.error):  # what is no row of integers
+            if len(indices) and isinstance(indices[0], tuple):  # a batch drawn with a shape
+                indices = [index for index, _ in indices]  # type: ignore[misc]
             packed = struct.pack(f"{len(indices)}q", *indices)  # thrice as fast as an array of them
             return torch.from_numpy(np.frombuffer(packed, np.int64).copy())
     got = reprlib.repr(indices)
@@ -58,7 +60,7 @@ def as_losses(loss: float | Sequence[float] | Tensor) -> Tensor:
     Raises:
         TypeError: they are no numbers.
 
-    Example:
+    Examples:
         >>> as_losses(0.5), as_losses(torch.ones(2, 1))
         (tensor([0.5000]), tensor([1., 1.]))
     """

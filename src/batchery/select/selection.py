@@ -44,7 +44,7 @@ def falling(scores: Floats) -> Ints:
     Score and position are packed into one integer and sorted together, which is ten times as
     fast as a stable argsort.
 
-    Example:
+    Examples:
         >>> falling(np.array([1.0, 3.0, 3.0, 2.0], dtype=np.float32)).tolist()
         [1, 2, 3, 0]
     """
@@ -62,7 +62,7 @@ def highest(scores: Floats, count: int) -> Ints:
 
     Takes linear time.
 
-    Example:
+    Examples:
         >>> highest(np.array([1.0, 3.0, 3.0, 2.0, 3.0], dtype=np.float32), 2).tolist()
         [1, 2]
     """
@@ -81,7 +81,7 @@ def chances(scores: Floats, temperature: float) -> npt.NDArray[np.float64]:
     A unit that comes before all others has that of the highest score; one that comes last has 0,
     unless all do.
 
-    Example:
+    Examples:
         >>> chances(np.array([0.0, np.log(3), -np.inf], dtype=np.float32), 1.0).round(3).tolist()
         [0.25, 0.75, 0.0]
     """
@@ -99,7 +99,7 @@ def draw(
 ) -> tuple[Ints, Floats]:
     """Draw `count` units with replacement, and return 1 / (n p) for each unit there is.
 
-    Example:
+    Examples:
         >>> drawn, weights = draw(np.zeros(4, np.float32), 6, 1.0, torch.Generator())
         >>> len(drawn), weights.tolist()
         (6, [1.0, 1.0, 1.0, 1.0])
@@ -141,7 +141,7 @@ def deal(
 
     Without a generator they go by index. An example that `drop_last` leaves out is in batch -1.
 
-    Example:
+    Examples:
         >>> deal(5, 2, True, None)
         (tensor([0, 1, 2, 3]), array([ 0,  0,  1,  1, -1]))
     """
@@ -162,7 +162,7 @@ def visits(chosen: Ints, ranking: Ints, full: int, order: str, generator: torch.
         order: `"index"`, `"hardest"` (first) or `"shuffle"`.
         generator: for `"shuffle"`.
 
-    Example:
+    Examples:
         >>> chosen, ranking = np.array([3, 2, 0]), np.array([3, 1, 0, 2])
         >>> visits(chosen, ranking, 3, "hardest", torch.Generator()).tolist()
         [0, 2, 3]
@@ -182,7 +182,7 @@ def visits(chosen: Ints, ranking: Ints, full: int, order: str, generator: torch.
 def examples_of(batches: Ints, partition: Tensor, size: int) -> Tensor:
     """Return the examples of batches cut from a partition (int64), in order; a short one is last.
 
-    Example:
+    Examples:
         >>> examples_of(np.array([1, 0, 2]), torch.arange(10, 15), 2)
         tensor([12, 13, 10, 11, 14])
     """
@@ -205,7 +205,7 @@ def regrouped(
         order: of sorted batches; `"shuffle"` leaves one that is short at the end.
         generator: for all of these.
 
-    Example:
+    Examples:
         >>> scores = np.array([0.1, 0.4, 0.2, 0.3], dtype=np.float32)
         >>> regrouped(np.array([0, 1, 3]), scores, 2, "sorted", "index", torch.Generator()).tolist()
         [1, 3, 0]

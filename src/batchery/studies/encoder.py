@@ -69,7 +69,7 @@ def tokenize(
 def batches(rows: Sequence[Sequence[int]], size: int = 32) -> Iterator[dict[str, Tensor]]:
     """Yield token ids as keyword arguments of the model, `size` rows at a time, in their order.
 
-    Example:
+    Examples:
         >>> for batch in batches([[2, 7, 3], [2, 3]]):
         ...     print(batch["input_ids"].tolist(), batch["attention_mask"].tolist())
         [[2, 7, 3], [2, 3, 0]] [[1, 1, 1], [1, 1, 0]]
@@ -122,7 +122,7 @@ def embed(
 def distance(embeddings: Tensor, wanted: Tensor) -> float:
     """Return the mean of 1 - cosine between embeddings of unit length, row by row.
 
-    Example:
+    Examples:
         >>> round(distance(torch.eye(2), torch.eye(2).flip(0)), 6)
         1.0
     """
@@ -133,7 +133,7 @@ def distance(embeddings: Tensor, wanted: Tensor) -> float:
 def kept_neighbours(embeddings: Tensor, wanted: Tensor, k: int = 10) -> float:
     """Return the share of each row's k nearest other rows that stay so, in per cent.
 
-    Example:
+    Examples:
         >>> x = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]]))
         >>> kept_neighbours(x, x, k=1), kept_neighbours(x[[0, 2, 1, 3]], x, k=1)
         (100.0, 0.0)

@@ -9,7 +9,6 @@ use these pieces with models of their own.
 
 import itertools
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
@@ -56,7 +55,7 @@ def batches(
     Raises:
         ValueError: the stream holds fewer windows than a batch.
 
-    Example:
+    Examples:
         >>> stream = torch.arange(100)
         >>> next(batches(stream, batch=2, context=4)).shape
         torch.Size([2, 5])
@@ -136,35 +135,21 @@ def fixed_order() -> Iterator[None]:
     """Have CUDA's kernels add up in one order, attention's backward pass above all.
 
     Where cuBLAS was used before this module was imported, without the variable above, torch cannot
-    vouch for its products any more: a warning says so, and two trainings may differ by rounding.
+    vouch for its products any more, and says so by a RuntimeError.
     """
     settings: Any = torch.utils.deterministic
-    before, filled = (
+    before, warned, filled = (
         torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
         settings.fill_uninitialized_memory,
     )
     settings.fill_uninitialized_memory = False  # for those who look for reads of it; costs passes
     torch.use_deterministic_algorithms(True)
     try:
-        _vouch()
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=warned)
         settings.fill_uninitialized_memory = filled
-
-
-def _vouch() -> None:
-    """Leave the fixed order again, with a warning, where torch refuses a product in it."""
-    one = torch.ones(1, 1, device="cuda")
-    try:
-        one.mm(one)
-    except RuntimeError:
-        torch.use_deterministic_algorithms(False)
-        warnings.warn(
-            "cuBLAS was used before batchery.studies.lab was imported: trainings may differ by "
-            "rounding unless CUBLAS_WORKSPACE_CONFIG=:4096:8 is set",
-            stacklevel=4,
-        )
 
 
 @cache

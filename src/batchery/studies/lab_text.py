@@ -70,7 +70,7 @@ def split_corpus(texts: Sequence[str]) -> Corpus:
     Raises:
         ValueError: there is no text, or too little of it to split.
 
-    Example:
+    Examples:
         >>> corpus = split_corpus(["0123456789" * 2])
         >>> corpus.train, corpus.held_out
         (('012345678901234567',), ('89',))

@@ -25,7 +25,7 @@ Rows = list[list[str]]
 def number(value: float | None, digits: int = 3) -> str:
     """Format a number for a table; a value that is not finite reads as a dash.
 
-    Example:
+    Examples:
         >>> number(1.23456, 2), number(None)
         ('1.23', '–')
     """

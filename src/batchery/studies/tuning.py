@@ -25,7 +25,7 @@ def walk(
         `basin`, the lowest and the highest rate within `basin` of the best. And `tried`: rate →
         losses, by rate.
 
-    Example:
+    Examples:
         >>> walk(lambda lr: [abs(lr - 4)], 1.0)["lr"]
         [4.0]
     """
@@ -67,7 +67,7 @@ def basin_width(losses: Mapping[float, float], basin: float) -> tuple[float, boo
         The factor, NaN when every run diverged; and whether the loss crosses the bar on both sides:
         if not, the factor is a lower bound.
 
-    Example:
+    Examples:
         >>> basin_width({0.25: 3.0, 1.0: 2.0, 4.0: 3.0}, 0.5)
         (4.0, True)
     """

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from batchery._core.state import atomic_write
 from batchery._core.validate import import_extra, integer, one_of, require, require_type
+from batchery.compress.quant.conv1d import TransposedLinear, linear_weight
 from batchery.compress.quant.digests import digests_of
 from batchery.compress.quant.experts import layers_in_model, name_in_files, name_in_model
 from batchery.compress.quant.folder import CONFIG, INDEX, OLD_CONFIG, WHOLE, SafetensorsFolder
@@ -45,10 +46,10 @@ def load_quantized(
     Args:
         model_or_path: a folder with safetensors and config.json. Or a model with layers of
             another tool that hold its tensors (`qweight` and so on): they are replaced in place.
-        into: module that gets the weights, its `nn.Linear` replaced where they are quantised, and
-            transformers' stacked experts by modules; its names are those of the files, or what
-            transformers makes of those. After an error it is as it was. Without it the folder is a
-            transformers causal language model, which is built.
+        into: module that gets the weights, its `nn.Linear` and `Conv1D` replaced where they are
+            quantised, and transformers' stacked experts by modules; its names are those of the
+            files, or what transformers makes of those. After an error it is as it was. Without it
+            the folder is a transformers causal language model, which is built.
         format: what the tensors are, where the config does not say or is wrong; it is not doubted.
         device: where quantised layers go; by default where the replaced ones are.
 
@@ -63,7 +64,7 @@ def load_quantized(
         FileNotFoundError: the folder or its safetensors are not there.
         TypeError: an argument is of another kind.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from batchery.compress.quant.rtn import quantize_rtn
         >>> linear = nn.Linear(64, 32)
@@ -286,7 +287,7 @@ def _scheme_of(layers: Mapping[str, QuantLinear], name: Format) -> Scheme:
 
 def _is_linear(module: nn.Module) -> bool:
     """Say whether other tools take a module for a linear layer, as they do routers."""
-    return isinstance(module, nn.Linear) or type(module).__name__.endswith("Router")
+    return linear_weight(module) is not None or type(module).__name__.endswith("Router")
 
 
 def _one_group(layer: QuantLinear) -> bool:
@@ -371,6 +372,7 @@ def read_layer(
     require(fine, "load_quantized", f"bias of {where}", "must be finite", "NaN or infinity")
     dtype = linear.weight.dtype
     layer = QuantLinear.from_quantized(qw, bias, device=device, dtype=dtype)
+    layer.transposed = isinstance(linear, TransposedLinear)
     return layer.train(linear.training)
 
 

@@ -28,7 +28,7 @@ KEY = "batchery.sha256"
 def digests_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the metadata of a file that holds some tensors.
 
-    Example:
+    Examples:
         >>> import torch
         >>> metadata = digests_of({"x": torch.ones(2)})
         >>> sorted(digests_in("me", "x.safetensors", metadata))

@@ -60,7 +60,7 @@ AWQ_INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
 def to_words(nibbles: Tensor) -> Tensor:
     """Pack uint8 `(..., n)`, values 0…15, into int32 `(..., ceil(n / 8))`, lowest nibble first.
 
-    Example:
+    Examples:
         >>> hex(to_words(torch.arange(8, dtype=torch.uint8)).item())
         '0x76543210'
     """
@@ -83,7 +83,7 @@ def pack_gptq(qw: QuantizedWeight, *, version: Literal[1, 2] = 2) -> dict[str, T
         qw: N and K multiples of 8.
         version: 1 stores zeros less 1, which older readers expect; 2 stores them as they are.
 
-    Example:
+    Examples:
         >>> q = torch.arange(64, dtype=torch.uint8).view(8, 8) % 16
         >>> qw = QuantizedWeight(q, torch.ones(8, 1), None, None, group_size=8)
         >>> {name: tuple(tensor.shape) for name, tensor in pack_gptq(qw).items()}
@@ -142,7 +142,7 @@ def unpack_gptq(
 def pack_awq(qw: QuantizedWeight) -> dict[str, Tensor]:
     """Return `qweight`, `qzeros` and `scales` in AWQ's GEMM layout; it has no act-order.
 
-    Example:
+    Examples:
         >>> q = torch.arange(64, dtype=torch.uint8).view(8, 8) % 16
         >>> packed = pack_awq(QuantizedWeight(q, torch.ones(8, 1), None, None, group_size=8))
         >>> packed["qweight"].shape, torch.equal(unpack_awq(packed).q, q)
@@ -181,7 +181,7 @@ def unpack_awq(tensors: Mapping[str, Tensor], *, where: str = "") -> QuantizedWe
 def pack_compressed_tensors(qw: QuantizedWeight) -> dict[str, Tensor]:
     """Return a layer in the format "pack-quantized"; any N and K, scales in their dtype.
 
-    Example:
+    Examples:
         >>> q = torch.arange(20, dtype=torch.uint8).view(2, 10) % 16
         >>> packed = pack_compressed_tensors(QuantizedWeight(q, torch.ones(2, 2), None, None, 5))
         >>> packed["weight_packed"].shape, torch.equal(unpack_compressed_tensors(packed).q, q)

@@ -98,7 +98,7 @@ def pack_marlin(qw: QuantizedWeight) -> dict[str, Tensor]:
 def unpack_marlin(tensors: Mapping[str, Tensor], *, where: str = "") -> QuantizedWeight:
     """Read `B` and `s`; errors as for `unpack_gptq`.
 
-    Example:
+    Examples:
         >>> q = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 128) % 16
         >>> qw = QuantizedWeight(q, torch.ones(256, 1), None, None, group_size=128)
         >>> torch.equal(unpack_marlin(pack_marlin(qw)).q, q)
@@ -129,7 +129,7 @@ def unpack_marlin_24(tensors: Mapping[str, Tensor], *, where: str = "") -> Quant
             is none; compressed-tensors' file has K = 256 in two groups, whose scales it leaves in
             another order than the kernel reads.
 
-    Example:
+    Examples:
         >>> nines = torch.full((1, 128), 0x99999999 - 2**32, dtype=torch.int32)
         >>> first_two = torch.full((1, 128), 0x4444, dtype=torch.int16)
         >>> layer = {"B_24": nines, "B_meta": first_two, "s": torch.ones(1, 64)}

@@ -70,7 +70,7 @@ def inverse_factor(hessian: Tensor, damp: float = 0.0) -> Tensor | None:
     Returns:
         `(K, K)`, or None where the damped H is not positive definite.
 
-    Example:
+    Examples:
         >>> inverse_factor(torch.diag(torch.tensor([4.0, 1.0])))
         tensor([[0.5000, 0.0000],
                 [0.0000, 1.0000]])
@@ -101,7 +101,7 @@ class GPTQ:
     Raises:
         ValueError: `in_features` is below 1, or another dtype.
 
-    Example:
+    Examples:
         >>> gptq = GPTQ(4)
         >>> gptq.add_batch(torch.randn(2, 10, 4))
         >>> qw = gptq.quantize(torch.randn(6, 4), group_size=4)

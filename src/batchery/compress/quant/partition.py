@@ -31,7 +31,7 @@ def slice_outputs(qw: QuantizedWeight, begin: int, end: int) -> QuantizedWeight:
     Raises:
         ValueError: a bound lies outside, or between multiples of 8.
 
-    Example:
+    Examples:
         >>> q = torch.arange(64, dtype=torch.uint8).view(16, 4) % 16
         >>> qw = QuantizedWeight(q, torch.ones(16, 1), None, None, group_size=4)
         >>> slice_outputs(qw, 8, 16).shape
@@ -58,7 +58,7 @@ def slice_inputs(qw: QuantizedWeight, begin: int, end: int) -> QuantizedWeight:
     Raises:
         ValueError: the weight has act-order, or a bound is not between groups.
 
-    Example:
+    Examples:
         >>> q = torch.zeros(8, 128, dtype=torch.uint8)
         >>> qw = QuantizedWeight(q, torch.ones(8, 4), None, None, group_size=32)
         >>> slice_inputs(qw, 64, 128).scales.shape
@@ -99,7 +99,7 @@ def join_outputs(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
         ValueError: inputs, group sizes or act-orders differ. One permutation of the activations
             must serve all rows, so weights of different act-order cannot be fused.
 
-    Example:
+    Examples:
         >>> q = torch.zeros(8, 32, dtype=torch.uint8)
         >>> gate = QuantizedWeight(q, torch.ones(8, 1), None, None, group_size=32)
         >>> join_outputs([gate, gate]).shape
@@ -148,7 +148,7 @@ def fold_act_order(
     Raises:
         ValueError: a weight before has not K outputs, or groups are not equally large.
 
-    Example:
+    Examples:
         >>> q = torch.tensor([[1, 2, 3, 4]], dtype=torch.uint8)
         >>> g_idx = torch.tensor([0, 1, 0, 1], dtype=torch.int32)
         >>> down = QuantizedWeight(q, torch.ones(1, 2), None, g_idx, group_size=2)

@@ -63,7 +63,7 @@ def quantize_rtn(
         ValueError: a setting or shape that does not fit, w is not finite, or a scale is too large
             for `scale_dtype`.
 
-    Example:
+    Examples:
         >>> qw = quantize_rtn(torch.tensor([[-7.5, 1.2, 2.0, 7.5]]), group_size=4)
         >>> qw.q, qw.scales
         (tensor([[ 0,  9, 10, 15]], dtype=torch.uint8), tensor([[1.]], dtype=torch.float16))

@@ -83,7 +83,7 @@ class Scheme:
         act_order: groups follow the order of activations; None where some layers' do.
         sure: the version was given, not read from a config.
 
-    Example:
+    Examples:
         >>> scheme = Scheme.parse({"quant_method": "gptq", "bits": 4, "group_size": 128})
         >>> scheme.family, scheme.group_sizes, scheme.version
         ('gptq', (128,), None)
@@ -261,7 +261,7 @@ def layers_of(names: Iterable[str], family: str) -> dict[str, dict[str, str]]:
     Returns:
         layer → name within the layer → full name.
 
-    Example:
+    Examples:
         >>> layers_of(["a.qweight", "a.scales", "b.weight"], "awq")
         {'a': {'qweight': 'a.qweight', 'scales': 'a.scales'}}
     """

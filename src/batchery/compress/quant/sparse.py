@@ -56,7 +56,7 @@ def keep_two_of_four(scores: Tensor) -> Tensor:
     Raises:
         ValueError: K is not a multiple of 4.
 
-    Example:
+    Examples:
         >>> keep_two_of_four(torch.tensor([3.0, 1.0, 2.0, 2.0])).int()
         tensor([1, 0, 1, 0], dtype=torch.int32)
     """
@@ -83,7 +83,7 @@ def quantize_rtn_24(
     Raises:
         ValueError: as `quantize_rtn`; K is not a multiple of 4.
 
-    Example:
+    Examples:
         >>> quantize_rtn_24(torch.tensor([[-7.5, 1.2, 2.0, 7.5]]), group_size=4).q
         tensor([[ 0,  8,  8, 15]], dtype=torch.uint8)
     """
@@ -119,7 +119,7 @@ def prune_quantize_24(
         ValueError: a setting, shape or value that does not fit; no tokens; inputs not finite; a
             scale too large for `scale_dtype`.
 
-    Example:
+    Examples:
         >>> gptq = GPTQ(8)
         >>> gptq.add_batch(torch.randn(50, 8))
         >>> qw = prune_quantize_24(gptq, torch.randn(6, 8), group_size=8)

@@ -96,7 +96,7 @@ def compress_24(model: nn.Module) -> list[str]:
     Returns:
         The names of the compressed layers.
 
-    Example:
+    Examples:
         >>> from batchery.compress.quant.sparse import quantize_rtn_24
         >>> linear = nn.Linear(512, 128, bias=False)
         >>> layer = QuantLinear.from_linear(linear, quantize_rtn_24(linear.weight))

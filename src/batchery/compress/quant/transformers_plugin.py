@@ -44,7 +44,7 @@ from batchery.compress.quant.checkpoint import (
     stored_layers,
 )
 from batchery.compress.quant.digests import digests_of
-from batchery.compress.quant.experts import QuantExperts, layers_in_model
+from batchery.compress.quant.experts import QuantExperts, layers_in_model, restack
 from batchery.compress.quant.folder import SafetensorsFolder
 from batchery.compress.quant.linear import QuantLinear
 from batchery.compress.quant.scheme import METHODS, Format, Scheme
@@ -84,7 +84,7 @@ def enable_transformers() -> None:
     Raises:
         ImportError: transformers is not installed.
 
-    Example:
+    Examples:
         >>> enable_transformers()
         >>> disable_transformers()
     """
@@ -271,7 +271,8 @@ class QuantLinearQuantizer(HfQuantizer):  # type: ignore[misc]
         # `save_pretrained` leaves a name in the config.
         known = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for name, layer in list(quant_layers(model)):
-            replace_module(model, name, layer.to_linear(known))
+            replace_module(model, name, layer.to_dense(known))
+        restack(model)
         return model
 
     def get_state_dict_and_metadata(

@@ -41,7 +41,7 @@ class QuantizedWeight:
     Raises:
         ValueError: a shape, dtype or value that does not fit.
 
-    Example:
+    Examples:
         >>> q = torch.tensor([[9, 8, 8, 6]], dtype=torch.uint8)
         >>> qw = QuantizedWeight(q, torch.tensor([[0.5, 2.0]]), None, None, group_size=2)
         >>> dequantize(qw, torch.float32)

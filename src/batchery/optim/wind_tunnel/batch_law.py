@@ -44,7 +44,7 @@ class BatchSizeLaw:
         quantile: of Student's distribution, by which standard errors are multiplied.
         points: the (loss, best batch) pairs that were fitted.
 
-    Example:
+    Examples:
         >>> law = BatchSizeLaw(coef=1e6, exponent=2.0)
         >>> law.predict(10.0)
         10000.0
@@ -77,7 +77,7 @@ class BatchSizeLaw:
         Raises:
             ValueError: the law was not fitted, or with too few runs.
 
-        Example:
+        Examples:
             >>> law = BatchSizeLaw(1e6, 2.0, covariance=((0.0, 0.0), (0.0, 0.01)), quantile=2.0)
             >>> [round(end) for end in law.interval(10.0)]
             [6310, 15849]
@@ -127,7 +127,7 @@ def optimal_batch_size(loss: Any, law: BatchSizeLaw) -> Any:
         loss: nats per token, a number or an array.
         law: fitted by `fit_batch_size_law`. There is no default: see `MINICPM_BATCH_LAW`.
 
-    Example:
+    Examples:
         >>> [f"{optimal_batch_size(loss, MINICPM_BATCH_LAW):.3g}" for loss in (4.0, 3.0, 2.5)]
         ['2.12e+05', '1.28e+06', '3.98e+06']
     """
@@ -163,7 +163,7 @@ def fit_batch_size_law(
         ValueError: fewer than 6 readings, shapes that differ, values that are not positive, fewer
             than three batch sizes, or fewer than three levels with a best batch inside them.
 
-    Example:
+    Examples:
         >>> grid = np.meshgrid([4.0, 3.0, 2.0], 2.0 ** np.arange(9, 17))
         >>> losses, batch = (values.ravel() for values in grid)
         >>> tokens = 1e9 / losses**6 * np.exp(0.1 * np.log(batch / (1e5 / losses**3)) ** 2)

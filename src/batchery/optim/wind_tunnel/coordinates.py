@@ -70,7 +70,7 @@ def coord_check(
     Raises:
         ValueError: fewer than two widths, or a negative number of steps.
 
-    Example:
+    Examples:
         >>> columns = coord_check(
         ...     lambda width: nn.Sequential(nn.Linear(3, width), nn.Linear(width, 1)),
         ...     widths=[16, 32],
@@ -156,7 +156,7 @@ def coord_slopes(columns: Mapping[str, Sequence[Any]]) -> dict[str, list[float]]
         Module → slope by step. A module whose activations are all 0 at some width (a head of
         zeros before the first step) has NaN there.
 
-    Example:
+    Examples:
         >>> columns = {"width": [8, 16, 8, 16], "step": [0, 0, 1, 1], "module": ["fc"] * 4}
         >>> slopes = coord_slopes(columns | {"size": [1.0, 1.0, 3.0, 6.0]})
         >>> [round(slope, 6) + 0 for slope in slopes["fc"]]

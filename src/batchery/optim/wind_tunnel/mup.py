@@ -53,7 +53,7 @@ Model = TypeVar("Model", bound=nn.Module)
 class MuPFactors(NamedTuple):
     """What muP does to a parameter of one role at one width.
 
-    Example:
+    Examples:
         >>> factors = mup_factors("residual", ratio=4.0, branch=0.5)
         >>> factors.output * factors.rate  # times the rate at base width: with the multiplier moved
         0.125
@@ -83,7 +83,7 @@ def mup_factors(
         branch: s, the multiplier of a residual branch.
         tied: whether head and embedding share their weight.
 
-    Example:
+    Examples:
         >>> mup_factors("hidden", 4.0)
         MuPFactors(output=1.0, init=0.5, rate=0.25)
         >>> mup_factors("head", 4.0)
@@ -120,7 +120,7 @@ class MuP:
     Raises:
         ValueError: a width or scale is not positive, or `depth` is unknown.
 
-    Example:
+    Examples:
         >>> roles = {"0": "embedding", "1": "hidden", "2": "head"}
         >>> mup = MuP(base_width=16, scale_emb=2.0, init_std=0.1, roles=roles)
         >>> model = nn.Sequential(nn.Embedding(9, 64), nn.Linear(64, 64), nn.Linear(64, 9))
@@ -165,7 +165,7 @@ class MuP:
             ValueError: width or layers are not known, muP was already applied, weights are on the
                 meta device, a tied head has no norm before it, or as in `find_roles`.
 
-        Example:
+        Examples:
             >>> model = nn.Sequential(nn.Linear(8, 8, bias=False))
             >>> before = model[0].weight.detach().clone()
             >>> MuP(base_width=2, roles={"0": "hidden"}).apply(model, width=8)
@@ -222,7 +222,7 @@ class MuP:
         Raises:
             ValueError: `apply` was not called, or with other settings; both values are named.
 
-        Example:
+        Examples:
             >>> mup = MuP(base_width=2, roles={"0": "hidden"})
             >>> model = mup.apply(nn.Sequential(nn.Linear(8, 8)), width=8)
             >>> [group["lr"] for group in mup.param_groups(model, lr=0.1)]

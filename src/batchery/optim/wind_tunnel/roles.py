@@ -72,7 +72,7 @@ def find_roles(model: nn.Module, roles: Mapping[str, Role] | None = None) -> dic
         ValueError: a parameter has no role, a pattern fits nothing, a role is unknown, or a weight
             is shared between other roles; the message lists names.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
         >>> find_roles(model, {"0": "embedding", "1": "head"})
         {'0.weight': 'embedding', '1.weight': 'head', '1.bias': 'head'}

@@ -48,7 +48,7 @@ LIMITS = np.array(
 class Optimum(NamedTuple):
     """The best use of a budget.
 
-    Example:
+    Examples:
         >>> law = ScalingLaw(C_N=400.0, alpha=0.34, C_D=410.0, beta=0.28, L0=1.69)
         >>> size, tokens, loss = law.optimal(1e21)
         >>> f"{size:.2g} parameters, {tokens:.2g} tokens, {loss:.2f} nats"
@@ -72,7 +72,7 @@ class ScalingLaw:
         L0: loss that neither lowers.
         draws: laws fitted to resampled data; intervals come from them.
 
-    Example:
+    Examples:
         >>> law = ScalingLaw(C_N=400.0, alpha=0.34, C_D=410.0, beta=0.28, L0=1.69)
         >>> round(law.predict(1e9, 2e10), 3)
         2.574
@@ -121,7 +121,7 @@ class ScalingLaw:
         Raises:
             ValueError: the law was fitted without a bootstrap.
 
-        Example:
+        Examples:
             >>> draws = tuple(ScalingLaw(400, a / 1000, 410, 0.28, 1.69) for a in range(300, 401))
             >>> law = ScalingLaw(400, 0.34, 410, 0.28, 1.69, draws)
             >>> [round(end, 3) for end in law.interval(lambda law: law.alpha, level=0.9)]
@@ -194,7 +194,7 @@ def fit_scaling_law(
         UserWarning: a run with no fewer parameters and no fewer tokens than another has a higher
             loss: such data are noisy, or the runs are not comparable.
 
-    Example:
+    Examples:
         >>> N, D = (grid.ravel() for grid in np.meshgrid([1e7, 4e7, 2e8], [1e9, 3e9, 1e10]))
         >>> truth = ScalingLaw(C_N=400.0, alpha=0.34, C_D=410.0, beta=0.28, L0=1.69)
         >>> law = fit_scaling_law(N, D, truth.predict(N, D))
