@@ -26,8 +26,9 @@ from batchery.compress.quant import (  # noqa: E402
     rtn_quantize_model,
     save_quantized,
 )
-from batchery.compress.quant.experts import QuantExperts, is_stacked, unstacked  # noqa: E402
+from batchery.compress.quant.experts import QuantExperts, unstacked  # noqa: E402
 from batchery.compress.quant.replace import QuantGatedMLP  # noqa: E402
+from batchery.compress.quant.stacks import is_stacked  # noqa: E402
 from batchery.compress.quant.transformers_plugin import transformers_enabled  # noqa: E402
 
 TOKENS = torch.randint(0, 64, (4, 24), generator=torch.Generator().manual_seed(0))
@@ -323,7 +324,7 @@ def test_experts_in_modules_can_be_quantised_again(tmp_path):
     save_quantized(model, tmp_path)
     dense = load_quantized(tmp_path).dequantize()
     weights = quantised(dense, ACT_ORDER)
-    assert f"{HOME}.3.w2" in weights
+    assert f"{HOME}.down_proj.3" in weights  # in a stack again
     wanted = logits(dense)
     replace_linears(dense, weights)
     torch.testing.assert_close(logits(dense), wanted, rtol=1e-5, atol=1e-5)
@@ -371,9 +372,9 @@ def test_experts_of_another_form_stay_and_are_named():
             return F.silu(gate.clamp(max=7)) * up
 
     assert not is_stacked(ClampedExperts(stack().config))
-    for name in ("has_bias", "is_transposed", "has_post_expert_norm"):
+    for name, value in (("has_gate", False), ("has_post_expert_norm", True)):
         module = stack()
-        setattr(module, name, True)
+        setattr(module, name, value)
         assert not is_stacked(module)
     assert not is_stacked(nn.Linear(2, 2))
     model = decoder()
@@ -381,7 +382,7 @@ def test_experts_of_another_form_stay_and_are_named():
     for layer in model.model.layers:
         layer.mlp.experts.__class__ = ClampedExperts
     before = copy.deepcopy(model.state_dict())
-    rule = rf"exclude must hold '\*\.experts\.\*', as {HOME} is of no usual form"
+    rule = rf"exclude must hold '\*\.experts\.\*', as {HOME} is of no known form"
     with pytest.raises(ValueError, match=f"rtn_quantize_model: {rule}"):
         rtn_quantize_model(model, **PLAIN)
     with pytest.raises(ValueError, match=f"gptq_quantize_model: {rule}"):
@@ -389,6 +390,6 @@ def test_experts_of_another_form_stay_and_are_named():
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     rest = copy.deepcopy(model)
     replace_linears(rest, quantised(rest, PLAIN, exclude=("*.gate", "*.experts.*")))
-    rule = "weights must name nn.Linear modules or experts of the usual form"
+    rule = "weights must name nn.Linear or Conv1D modules, or experts of a known form"
     with pytest.raises(ValueError, match=f"replace_linears: {rule}, got '{HOME}.gate_up_proj.0'"):
         replace_linears(model, weights)

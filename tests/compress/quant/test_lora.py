@@ -6,7 +6,13 @@ import torch
 from four_bits import inputs, train
 from torch import nn
 
-from batchery.compress.quant import QuantizedWeight, QuantLinear, lora_for_quantized
+from batchery.compress.quant import (
+    QuantizedWeight,
+    QuantLinear,
+    lora_for_quantized,
+    replace_linears,
+    rtn_quantize_model,
+)
 
 
 def four_bits():
@@ -20,11 +26,13 @@ def four_bits():
 
 def lora_model(**settings):
     peft = pytest.importorskip("peft")
-    model = nn.Sequential()
-    model.add_module("up", four_bits())
-    model.add_module("down", nn.Linear(48, 4))
     config = peft.LoraConfig(target_modules=["up"], r=4, lora_alpha=8, **settings)
-    return peft, peft.get_peft_model(model, lora_for_quantized(config))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of PEFT's first weights
+        model = nn.Sequential()
+        model.add_module("up", four_bits())
+        model.add_module("down", nn.Linear(48, 4))
+        return peft, peft.get_peft_model(model, lora_for_quantized(config))
 
 
 @pytest.mark.parametrize(
@@ -76,6 +84,26 @@ def test_lora_merges_into_a_dense_layer_and_back():
     merged = model.merge_and_unload()
     assert isinstance(merged.up, nn.Linear)
     torch.testing.assert_close(merged(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_lora_on_gpt2_merges_into_its_own_layers(turned):
+    """Whatever the config says of how the base stores its weight; square layers too."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    sizes = {"vocab_size": 64, "n_embd": 64, "n_head": 2, "n_layer": 1, "n_positions": 16}
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.GPT2LMHeadModel(config).eval()
+    replace_linears(model, rtn_quantize_model(model, group_size=32))
+    own = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": turned}
+    lora = lora_for_quantized(peft.LoraConfig(r=4, init_lora_weights=False, **own))
+    tuned = peft.get_peft_model(model, lora).eval()
+    ids = torch.arange(12)[None]
+    wanted = tuned(ids).logits
+    merged = tuned.merge_and_unload()
+    assert type(merged.transformer.h[0].attn.c_proj).__name__ == "Conv1D"
+    torch.testing.assert_close(merged(ids).logits, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_lora_that_is_unloaded_leaves_the_layer():

@@ -15,7 +15,8 @@ from batchery.compress.quant import (
     quantize_rtn,
     rtn_quantize_model,
 )
-from batchery.compress.quant.calibration import cut_padding, decoder_blocks
+from batchery.compress.quant.calibration import cut_padding
+from batchery.compress.quant.targets import decoder_blocks
 
 transformers = pytest.importorskip("transformers")
 

@@ -105,7 +105,9 @@ def test_what_cannot_be_replaced_is_named_and_nothing_is():
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
     qw = quantize_rtn(model[0].weight, group_size=32)
     for name in ("1", "3", "experts.gate_up_proj.0"):
-        message = f"replace_linears: weights must name nn.Linear modules .*, got '{name}'"
+        message = (
+            f"replace_linears: weights must name nn.Linear or Conv1D modules, .*, got '{name}'"
+        )
         with pytest.raises(ValueError, match=message):
             replace_linears(model, {"0": qw, name: qw})
     with pytest.raises(ValueError, match=r"weights\['2'\] must be \(8, 32\), got \(32, 64\)"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the layers of a decoder see: its blocks, their inputs, and sums over those for GPTQ.
+"""What the layers of a decoder see: the inputs of its blocks, and sums over them for GPTQ.
 
 A decoder is a list of blocks, each of which maps hidden states to hidden states. So a model can be
 quantised block by block: the inputs of the first are caught once, and each block's outputs are the
@@ -13,9 +13,7 @@ experts never sees padding.
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import hashlib
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,30 +24,31 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from batchery._core.validate import require, require_type
-from batchery.compress.quant.experts import is_stacked, is_transposed, stacks_of
 from batchery.compress.quant.gptq import GPTQ
+from batchery.compress.quant.targets import Target
 
 __all__ = [
     "BlockCall",
     "InputWatch",
-    "Target",
     "catch_inputs",
     "cut_padding",
-    "decoder_blocks",
     "digest_of",
     "digest_of_tensors",
     "ready_to_watch",
-    "require_most_inside",
-    "targets_of",
 ]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
-PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
-CACHES = ("past_key_values", "past_key_value")
-WORTH_A_WORD = 0.05  # of the linear weights, left as they are
-
-logger = logging.getLogger(__name__)
+# Products, and what their arguments are called; x and the other factor come last.
+OPERANDS: dict[Any, tuple[str, ...]] = {
+    F.linear: ("input", "weight"),
+    torch.matmul: ("input", "other"),
+    Tensor.matmul: ("input", "other"),
+    Tensor.__matmul__: ("input", "other"),
+    torch.addmm: ("input", "mat1", "mat2"),
+    torch.bmm: ("input", "mat2"),
+}
+CACHES = ("past_key_values", "past_key_value", "cache")
 
 
 def cut_padding(owner: str, batch: Tensor | Mapping[str, Any]) -> list[Call]:
@@ -64,7 +63,7 @@ def cut_padding(owner: str, batch: Tensor | Mapping[str, Any]) -> list[Call]:
         TypeError: the batch is neither, or its ids are no tensor.
         ValueError: ids or a mask of a wrong shape; a mask has holes.
 
-    Example:
+    Examples:
         >>> ids = torch.arange(6).view(2, 3)
         >>> calls = cut_padding("me", {"input_ids": ids, "attention_mask": ids > 0})
         >>> [keywords["input_ids"].tolist() for _, keywords in calls]
@@ -143,81 +142,6 @@ def digest_of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def decoder_blocks(
-    owner: str, model: nn.Module, exclude: Sequence[str] = ()
-) -> tuple[str, nn.ModuleList]:
-    """Find the blocks: the longest outermost list of modules of one class that hold linear layers.
-
-    A list of which all is excluded is taken only when there is no other.
-
-    Returns:
-        The name of the list in the model, and the list.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found: list[tuple[str, nn.ModuleList]] = []
-    for name, module in model.named_modules():
-        if any(name.startswith(f"{outer}.") for outer, _ in found):
-            continue
-        if isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1:
-            if any(isinstance(inner, nn.Linear) for inner in module.modules()):
-                found.append((name, module))
-    rule = f"must have a list of blocks of one class with linear layers{_conv1d_note(model)}"
-    require(bool(found), owner, "model", rule, type(model).__name__)
-
-    def rank(entry: tuple[str, nn.ModuleList]) -> tuple[bool, int]:
-        names = (target.name for target in _all_targets(entry[1], entry[0]))
-        return not all(_matches(name, exclude) for name in names), len(entry[1])
-
-    return max(found, key=rank)
-
-
-def require_most_inside(
-    owner: str, model: nn.Module, name: str, inside: Iterable[Target], exclude: Sequence[str]
-) -> None:
-    """Refuse to quantise a fragment; say so when much is left.
-
-    Args:
-        owner: what errors say.
-        model: the whole.
-        name: of the list of blocks that was chosen.
-        inside: the weights to quantise.
-        exclude: shell-style patterns of full names.
-
-    Raises:
-        ValueError: most linear weights lie outside; the head and what is excluded do not count.
-    """
-    own = {target.weight.data_ptr(): target.weight.numel() for target in inside}
-    heads = [layer for layer in model.children() if isinstance(layer, nn.Linear)]
-    if callable(getattr(model, "get_output_embeddings", None)):
-        heads.append(model.get_output_embeddings())  # type: ignore[operator]
-    skipped = {head.weight.data_ptr() for head in heads if isinstance(head, nn.Linear)}
-    everything = [(target.name, target.weight) for target in _all_targets(model, "")]
-    everything += [(at, layer.weight) for at, layer in model.named_modules() if _is_conv1d(layer)]
-    others = {
-        weight.data_ptr(): weight.numel()
-        for at, weight in everything
-        if not _matches(at, exclude) and weight.data_ptr() not in (own.keys() | skipped)
-    }
-    here, elsewhere = sum(own.values()), sum(others.values())
-    rule = f"must have most of its linear weights in one list of blocks{_conv1d_note(model)}"
-    got = f"{here} in {name}, {elsewhere} outside it"
-    require(elsewhere <= here, owner, "model", f"{rule}; exclude what shall stay", got)
-    if elsewhere > WORTH_A_WORD * (here + elsewhere):
-        logger.warning("%s: the linear weights outside stay as they are: %s", owner, got)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether it is a linear layer of transformers that stores its weight transposed."""
-    return type(module).__name__ == "Conv1D"
-
-
-def _conv1d_note(model: nn.Module) -> str:
-    there = any(_is_conv1d(module) for module in model.modules())
-    return " (Conv1D layers are not taken)" if there else ""
-
-
 @dataclass(frozen=True)
 class BlockCall:
     """What a block is given beside hidden states."""
@@ -236,7 +160,7 @@ class BlockCall:
 
 
 def _hidden_of(out: Any) -> Any:
-    return out[0] if isinstance(out, tuple) else out
+    return out[0] if isinstance(out, tuple | list) else out
 
 
 class _AllSeen(Exception):
@@ -320,80 +244,12 @@ def _moved(values: Any, device: torch.device) -> Any:
     return values.to(device) if isinstance(values, Tensor) else values
 
 
-@dataclass(frozen=True)
-class Target:
-    """A weight to quantise.
-
-    Attributes:
-        name: of the linear module in the model; of an expert of a stacked parameter, the
-            parameter's name and the expert's number.
-        weight: `(N, K)`, sharing the model's memory.
-        role: of experts, the name with the expert's number left out; else None.
-    """
-
-    name: str
-    weight: Tensor
-    role: str | None
-
-
-def targets_of(owner: str, block: nn.Module, prefix: str, exclude: Sequence[str]) -> list[Target]:
-    """Find the linear layers of a block, and the stacked experts of transformers.
-
-    Args:
-        owner: what errors say.
-        block: the block.
-        prefix: its name in the model.
-        exclude: shell-style patterns of full names.
-
-    Raises:
-        ValueError: stacked experts that `replace_linears` does not take are not excluded.
-    """
-    wanted = [
-        target for target in _all_targets(block, prefix) if not _matches(target.name, exclude)
-    ]
-    odd = {
-        name: module
-        for name, module in block.named_modules(prefix=prefix)
-        if stacks_of(module)
-        and not is_stacked(module)
-        and any(target.name.startswith(f"{name}.") for target in wanted)
-    }
-    if odd:
-        name, module = next(iter(odd.items()))
-        form = "stored transposed" if is_transposed(module) else "of no usual form"
-        patterns = dict.fromkeys(repr(f"*.{own.rpartition('.')[2]}.*") for own in odd)
-        rule = f"must hold {', '.join(patterns)}, as {name} is {form}"
-        require(False, owner, "exclude", rule, tuple(exclude))
-    return wanted
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _all_targets(block: nn.Module, prefix: str) -> list[Target]:
-    """Return the targets of a block, none excluded."""
-    targets: list[Target] = []
-    lists = [name for name, inner in block.named_modules() if isinstance(inner, nn.ModuleList)]
-    for name, module in block.named_modules():
-        full = ".".join(part for part in (prefix, name) if part)
-        if isinstance(module, nn.Linear):
-            around = [outer for outer in lists if name.startswith(f"{outer}.")]
-            role = None
-            if around:
-                inside = name.removeprefix(f"{around[-1]}.").split(".", 1)
-                role = ".".join([prefix, around[-1], "*", *inside[1:]])
-            targets.append(Target(full, module.weight.detach(), role))
-        for own, stack in stacks_of(module).items():
-            for expert, weight in enumerate(stack.detach()):
-                targets.append(Target(f"{full}.{own}.{expert}", weight, f"{full}.{own}.*"))
-    return targets
-
-
 class InputWatch(TorchFunctionMode):
     """While active, sums the inputs of each target; targets with one input share one sum.
 
-    It sees products by `torch.nn.functional.linear` and `x @ weight.T`, whatever module makes them.
+    It sees products by `torch.nn.functional.linear`, `x @ weight.T` and `torch.addmm`, whatever
+    module makes them, and those by `torch.bmm` of stacked experts that are each given all tokens,
+    zeros for those of others.
     """
 
     def __init__(self, targets: Sequence[Target]) -> None:
@@ -408,16 +264,19 @@ class InputWatch(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """Look at linear products, and let everything pass."""
-        kwargs = kwargs or {}
-        if func is F.linear:
-            given = {**dict(zip(("input", "weight"), args, strict=False)), **kwargs}
-            self._see(given["input"], given["weight"])
-        elif func in PRODUCTS:
-            given = {**dict(zip(("input", "other"), args, strict=False)), **kwargs}
-            other = given["other"]
-            if isinstance(other, Tensor) and other.dim() == 2 and other.stride(0) == 1:  # W.T
-                self._see(given["input"], other.t())
-        return func(*args, **kwargs)
+        names = OPERANDS.get(func)
+        if names is not None:
+            given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+            x, other = (given[name] for name in names[-2:])
+            if func is F.linear:
+                self._see(x, other)
+            elif func is torch.bmm:
+                if isinstance(other, nn.Parameter):
+                    for own, weight in zip(x, other, strict=True):
+                        self._see(own[own.any(-1)], weight.t())
+            elif isinstance(other, Tensor) and other.dim() == 2:
+                self._see(x, other.t())
+        return func(*args, **(kwargs or {}))
 
     def begin(self) -> None:
         """Forget the tensors of the last call."""
@@ -427,6 +286,8 @@ class InputWatch(TorchFunctionMode):
         target = self._targets.get(weight.data_ptr())
         if target is None or x.numel() == 0:
             return
+        if weight.stride() != target.weight.stride():
+            return  # its transpose, of a square one
         # The tensor is kept, so that no other gets its identity.
         first, _ = self._inputs.setdefault(id(x), (target.name, x))
         leader = self._leaders.setdefault(target.name, first)

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experts of a mixture as modules, in the place of transformers' stacked parameters.
 
-When to use: `replace_linears` and the loaders do, for models whose experts have the usual form; a
-list of modules lets each expert have four-bit layers, and files name experts one by one. When not:
-many tokens in 16 bits, where transformers' grouped products are faster than a loop.
+When to use: `replace_linears` and the loaders do; a list of modules lets each expert have four-bit
+layers, and files name experts one by one. When not: many tokens in 16 bits, where transformers'
+grouped products are faster than a loop.
 
-A stack holds `gate_up_proj` `(E, 2I, H)` and `down_proj` `(E, H, I)`. For token t with its experts
-e and their shares p:
+For token t with its experts e and their shares p:
 
     y[t] = Σ_e p[t, e] · down_e(act(gate_e(x[t])) * up_e(x[t]))          summed in the order of e
+
+or another way to combine gate and up, if the stack has one; see `stacks` for their forms. Modules
+have one form: three layers.
 
 Each expert runs once, on the tokens routed to it. How many those are is read on the host: no CUDA
 graph holds it, and torch.compile breaks there.
@@ -19,40 +21,42 @@ and the modules here have those that the files have (`gate_proj`, or `w1` in Mix
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from batchery._core.validate import import_extra
+from batchery.compress.quant.conv1d import as_linear, is_conv1d
+from batchery.compress.quant.stacks import (
+    STACKS,
+    combined,
+    expert_weights,
+    gate_and_up,
+    hull_of,
+    is_scaled,
+    is_stacked,
+    join_gate_and_up,
+)
 
 __all__ = [
     "PROJECTIONS",
-    "STACKS",
     "QuantExpert",
     "QuantExperts",
+    "ScaledExperts",
     "expert_names",
-    "is_stacked",
-    "is_transposed",
     "layers_in_model",
     "name_in_files",
     "name_in_model",
-    "stacks_of",
+    "restack",
     "unstacked",
 ]
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-STACKS = ("gate_up_proj", "down_proj")
-# What older versions of transformers do not say of a stack is so.
-USUAL = {
-    "has_gate": True,
-    "has_bias": False,
-    "has_post_expert_norm": False,
-    "is_concatenated": True,
-}
-COMMON = "transformers.integrations.moe"
 
 Layers = tuple[nn.Module, nn.Module, nn.Module]
+Combine = Callable[[Tensor, Tensor], Tensor]
 
 
 class QuantExpert(nn.Module):
@@ -60,37 +64,48 @@ class QuantExpert(nn.Module):
 
     Args:
         layers: gate, up and down.
-        act_fn: the activation.
+        combine: makes one of what gate and up give.
         names: of the layers.
     """
 
-    def __init__(
-        self, layers: Layers, act_fn: Callable[[Tensor], Tensor], names: Sequence[str]
-    ) -> None:
+    def __init__(self, layers: Layers, combine: Combine, names: Sequence[str]) -> None:
         """Keep the layers."""
         super().__init__()
         self.names = tuple(names)
         for name, layer in zip(names, layers, strict=True):
             self.add_module(name, layer)
-        self.act_fn = act_fn
+        self.combine = combine
+
+    def layers(self) -> list[nn.Module]:
+        """Return gate, up and down."""
+        return [self.get_submodule(name) for name in self.names]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `(..., H)` for x `(..., H)`."""
-        gate, up, down = (self._modules[name] for name in self.names)
-        y: Tensor = down(self.act_fn(gate(x)) * up(x))  # type: ignore[misc]
+        gate, up, down = self.layers()
+        y: Tensor = down(self.combine(gate(x), up(x)))
         return y
 
 
 class QuantExperts(nn.ModuleList):
     """Experts one by one, called like a module of stacked experts.
 
-    Example:
+    Args:
+        experts: the modules.
+        hull: of the stack that they stand for, if `restack` shall make it again.
+
+    Examples:
         >>> layers = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)
-        >>> experts = QuantExperts([QuantExpert(layers, nn.SiLU(), PROJECTIONS)] * 3)
+        >>> experts = QuantExperts([QuantExpert(layers, torch.mul, PROJECTIONS)] * 3)
         >>> index = torch.tensor([[0, 2], [2, 1]])
         >>> experts(torch.ones(2, 4), index, torch.full((2, 2), 0.5)).shape
         torch.Size([2, 4])
     """
+
+    def __init__(self, experts: Iterable[QuantExpert], hull: nn.Module | None = None) -> None:
+        """Keep the modules."""
+        super().__init__(experts)
+        self.hull = [hull]  # not in the module tree
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the shared sum of the experts' outputs.
@@ -115,40 +130,23 @@ class QuantExperts(nn.ModuleList):
         return out
 
 
-def stacks_of(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the weights `(E, ...)` of stacked experts by name; none of any other module.
+class ScaledExperts(QuantExperts):
+    """Experts one by one, called like Llama 4's: with the share already in each token."""
 
-    transformers' classes for them have names that end in `Experts`.
-    """
-    if not type(module).__name__.endswith("Experts"):
-        return {}
-    own = module.named_parameters(recurse=False)
-    return {name: stack for name, stack in own if stack.dim() == 3}
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """Return each expert's outputs.
 
-
-def is_transposed(experts: nn.Module) -> bool:
-    """Say whether stacked experts are `(E, K, N)`: they tell, or their shapes do."""
-    if getattr(experts, "is_transposed", False):
-        return True
-    first, last = (stacks_of(experts).get(name) for name in STACKS)
-    if first is None or last is None:
-        return False
-    return first.shape[2] == 2 * last.shape[1] and first.shape[1] == last.shape[2]
-
-
-def is_stacked(module: nn.Module) -> bool:
-    """Say whether a module is transformers' stacked experts in their usual form.
-
-    Biases, transposed or interleaved stacks, a norm behind the experts and gates of their own
-    (clamped ones, for instance) are not.
-    """
-    own = getattr(type(module), "_apply_gate", None)
-    return (
-        stacks_of(module).keys() == set(STACKS)
-        and not is_transposed(module)
-        and all(getattr(module, name, value) is value for name, value in USUAL.items())
-        and getattr(own, "__module__", "") == COMMON
-    )
+        Args:
+            hidden_states: `(E·T, H)`, all tokens of the first expert, then all of the next; of
+                zeros where a token is not routed to the expert, as is then the output.
+        """
+        x = hidden_states.view(len(self), -1, hidden_states.shape[-1])
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self):
+            tokens = x[number].any(-1).nonzero()[:, 0]
+            if len(tokens):
+                out[number, tokens] = expert(x[number, tokens])
+        return out.view_as(hidden_states)
 
 
 def unstacked(
@@ -164,20 +162,62 @@ def unstacked(
         layer: what stands for a layer, given its place in `PROJECTIONS`, the expert's number and
             an `nn.Linear` with a part of the stack; by default that.
     """
-    gate_up, down = (experts.get_parameter(name) for name in STACKS)
+    hull, halves, weights = hull_of(experts), gate_and_up(experts), expert_weights(experts)
+    biases = {own: experts._parameters.get(f"{own}_bias") for own in STACKS}
     modules = []
-    for number in range(len(down)):
-        dense = zip(PROJECTIONS, (*gate_up[number].chunk(2), down[number]), strict=True)
-        linears = [(own, _linear(weight)) for own, weight in dense]
-        made = [linear if layer is None else layer(own, number, linear) for own, linear in linears]
-        modules.append(QuantExpert(tuple(made), experts.act_fn, names))  # type: ignore[arg-type]
-    return QuantExperts(modules).train(experts.training)
+    for number in range(len(weights["down_proj"])):
+        both, down = (
+            _linear(weights[own][number], None if bias is None else bias.detach()[number])
+            for own, bias in biases.items()
+        )
+        dense = zip(PROJECTIONS, (*(_rows(both, half) for half in halves), down), strict=True)
+        made = [linear if layer is None else layer(own, number, linear) for own, linear in dense]
+        modules.append(QuantExpert(tuple(made), partial(combined, hull), names))  # type: ignore[arg-type]
+    kind = ScaledExperts if is_scaled(experts) else QuantExperts
+    return kind(modules, hull).train(experts.training)
 
 
-def _linear(weight: Tensor) -> nn.Linear:
+def restack(model: nn.Module) -> None:
+    """Put stacks back in the place of experts that are modules and whose layers are all dense.
+
+    Args:
+        model: changed in place.
+    """
+    for name, experts in list(model.named_modules()):
+        if isinstance(experts, QuantExperts) and experts.hull[0] is not None:
+            layers = [expert.layers() for expert in experts if isinstance(expert, QuantExpert)]
+            if all(isinstance(layer, nn.Linear) for own in layers for layer in own):
+                parent, _, own = name.rpartition(".")
+                stack = _stack(experts.hull[0], layers)
+                setattr(model.get_submodule(parent), own, stack.train(experts.training))
+
+
+def _stack(hull: nn.Module, layers: Sequence[Sequence[Any]]) -> nn.Module:
+    """Return stacked experts of the dense layers of each."""
+    stack = hull_of(hull)
+    for kind, ending in (("weight", ""), ("bias", "_bias")):
+        parts = [[getattr(layer, kind) for layer in own] for own in layers]
+        if parts[0][0] is None:
+            continue
+        both = torch.stack([join_gate_and_up(hull, gate.t(), up.t()) for gate, up, _ in parts])
+        down = torch.stack([down.t() for *_, down in parts])
+        for name, values in zip(STACKS, (both, down), strict=True):
+            if values.dim() == 3 and not hull.is_transposed:
+                values = values.transpose(1, 2).contiguous()
+            stack.register_parameter(name + ending, nn.Parameter(values, requires_grad=False))
+    return stack
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
     return linear
+
+
+def _rows(linear: nn.Linear, rows: slice) -> nn.Linear:
+    return _linear(linear.weight[rows], None if linear.bias is None else linear.bias[rows])
 
 
 def expert_names(model: nn.Module) -> tuple[str, ...]:
@@ -235,6 +275,8 @@ def _renaming(conversions: Sequence[Any]) -> Callable[[str], str]:
 def layers_in_model(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
     """Find the modules of layers in files; stacked experts that have some become modules.
 
+    So does a `Conv1D`: it becomes a linear layer.
+
     Args:
         model: changed in place; it may lack or add the base model's prefix.
         stored: names of layers in files.
@@ -256,5 +298,10 @@ def layers_in_model(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
     for home in homes & {name for name, module in model.named_modules() if is_stacked(module)}:
         parent, _, own = home.rpartition(".")
         setattr(model.get_submodule(parent), own, unstacked(model.get_submodule(home), called))
-    there = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    return {layer: next((f for f in own if f in there), layer) for layer, own in forms.items()}
+    there = dict(model.named_modules(remove_duplicate=False))
+    places = {layer: next((f for f in own if f in there), layer) for layer, own in forms.items()}
+    for place in places.values():
+        if place in there and is_conv1d(there[place]):
+            parent, _, own = place.rpartition(".")
+            setattr(model.get_submodule(parent), own, as_linear(there[place]))
+    return places

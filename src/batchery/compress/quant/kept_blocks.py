@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from batchery._core.state import atomic_write
 from batchery._core.validate import import_extra, require
-from batchery.compress.quant.calibration import Target, digest_of_tensors
+from batchery.compress.quant.calibration import digest_of_tensors
+from batchery.compress.quant.targets import Target
 from batchery.compress.quant.weight import QuantizedWeight
 
 __all__ = ["Done", "KeptBlocks", "LayerReport", "model_digests"]

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from batchery._core.validate import integer, require, require_type
+from batchery.compress.quant.conv1d import TransposedLinear, as_conv1d, as_linear, is_conv1d
 from batchery.compress.quant.formats import from_words, to_words
 from batchery.compress.quant.scheme import Scheme
 from batchery.compress.quant.weight import QuantizedWeight, pack
@@ -60,11 +61,12 @@ class QuantLinear(nn.Module):
     Attributes:
         bias: frozen, `(N,)` (gated: `(2N,)`) or None.
         dtype: follows `.to(dtype)`.
+        transposed: it stands for a `Conv1D`.
 
     Raises:
         ValueError: a size is below 1.
 
-    Example:
+    Examples:
         >>> from batchery.compress.quant.weight import QuantizedWeight
         >>> q = torch.tensor([[9, 8, 8, 6], [8, 8, 9, 8]], dtype=torch.uint8)
         >>> qw = QuantizedWeight(q, torch.ones(2, 1), None, None, group_size=4)
@@ -102,6 +104,7 @@ class QuantLinear(nn.Module):
         self.gated = gated
         self.batch_invariant = batch_invariant
         self.group_size = in_features
+        self.transposed = False
         self.dtype = dtype or torch.get_default_dtype()
         for name in BUFFERS:
             self.register_buffer(name, None, persistent=False)
@@ -135,7 +138,7 @@ class QuantLinear(nn.Module):
             ValueError: the kernels have no such group size, the bias does not fit, or a gated
                 weight has an odd number of rows.
 
-        Example:
+        Examples:
             >>> from batchery.compress.quant.partition import join_outputs
             >>> from batchery.compress.quant.rtn import quantize_rtn
             >>> gate, up = (quantize_rtn(torch.randn(48, 64), group_size=32) for _ in range(2))
@@ -156,13 +159,25 @@ class QuantLinear(nn.Module):
         return layer
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, qw: QuantizedWeight) -> "QuantLinear":
-        """Make a layer with `linear`'s bias, device and dtype, and `qw` for its weight."""
-        require_type(isinstance(linear, nn.Linear), "QuantLinear", "linear", "is no Linear", linear)
+    def from_linear(cls, linear: nn.Module, qw: QuantizedWeight) -> "QuantLinear":
+        """Make a layer with the bias, device and dtype of an `nn.Linear`, or of a `Conv1D`.
+
+        Args:
+            linear: the dense layer.
+            qw: the weight `(N, K)`.
+
+        Raises:
+            TypeError: the layer is neither.
+            ValueError: the weight has another shape, or a group size that the kernels do not take.
+        """
+        known = isinstance(linear, nn.Linear)
+        require_type(known or is_conv1d(linear), "QuantLinear", "linear", "is no Linear", linear)
+        linear = linear if isinstance(linear, nn.Linear) else as_linear(linear)
         shape = (linear.out_features, linear.in_features)
         require(qw.shape == shape, "QuantLinear", "qw", f"must be {shape}", qw.shape)
         like = linear.weight
         layer = cls.from_quantized(qw, linear.bias, device=like.device, dtype=like.dtype)
+        layer.transposed = isinstance(linear, TransposedLinear)
         return layer.train(linear.training)
 
     @classmethod
@@ -262,6 +277,11 @@ class QuantLinear(nn.Module):
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().to(dtype), requires_grad=False)
         return linear.train(self.training)
+
+    def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Return what `to_linear` does, in the place of a `Conv1D` as one; its model needs that."""
+        linear = self.to_linear(dtype)
+        return as_conv1d(linear) if self.transposed else linear
 
     @property
     def layout(self) -> Tensor:

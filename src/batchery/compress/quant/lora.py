@@ -72,6 +72,8 @@ def _lora_class() -> type[nn.Module]:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Unsupported layer type")
                 super().__init__(base_layer, adapter_name, **kwargs)
+            # Whatever the config says: merging is into what `to_dense` makes.
+            self.fan_in_fan_out = getattr(base_layer, "transposed", False)
             # Kept out of the module tree.
             self._quantized: list[QuantLinear] = []
 
@@ -84,7 +86,7 @@ def _lora_class() -> type[nn.Module]:
             """Make the base dense, and add the adapters to it."""
             base = self.get_base_layer()
             if isinstance(base, QuantLinear):
-                self._quantized, dense = [base], base.to_linear()
+                self._quantized, dense = [base], base.to_dense()
                 self.base_layer: nn.Module = dense
             try:
                 super().merge(safe_merge=safe_merge, adapter_names=adapter_names)

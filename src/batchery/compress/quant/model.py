@@ -36,25 +36,29 @@ from batchery._core.validate import integer, one_of, require, require_type
 from batchery.compress.quant.calibration import (
     BlockCall,
     InputWatch,
-    Target,
     catch_inputs,
     cut_padding,
-    decoder_blocks,
     digest_of,
     ready_to_watch,
-    require_most_inside,
-    targets_of,
 )
 from batchery.compress.quant.gptq import GPTQ, check_settings
 from batchery.compress.quant.kept_blocks import Done, KeptBlocks, LayerReport, model_digests
 from batchery.compress.quant.rtn import SCALE_DTYPES, quantize_rtn
 from batchery.compress.quant.sparse import prune_quantize_24, quantize_rtn_24
+from batchery.compress.quant.targets import (
+    Target,
+    decoder_blocks,
+    require_most_inside,
+    targets_of,
+)
 from batchery.compress.quant.weight import QuantizedWeight, dequantize, require_packable
 
 __all__ = ["EXCLUDED", "QuantizationReport", "gptq_quantize_model", "rtn_quantize_model"]
 
-# The head, and routers by the names that transformers has for them.
-EXCLUDED = ("lm_head", "*.gate", "*.gate.wg", "*.router", "*.router.*", "*.shared_expert_gate")
+# The head, and by the names that transformers has for them routers, and what Mamba multiplies by
+# itself: a small layer, whose weight it reads.
+ROUTERS = ("*.gate", "*.gate.wg", "*.router", "*.router.*", "*.shared_expert_gate")
+EXCLUDED = ("lm_head", *ROUTERS, "*.dt_proj")
 
 Sparsity = Literal["2:4"]
 
@@ -97,11 +101,12 @@ def gptq_quantize_model(
 ) -> QuantizationReport:
     """Quantise the linear layers of a decoder's blocks; their weights are replaced in place.
 
-    What is outside the blocks (embeddings, head) stays as it is; a model with more linear weights
-    there than inside is refused, unless they are excluded. Experts are quantised one by one,
-    whether they are modules in a list or the stacked parameters of transformers' `…Experts`; stacks
-    of another form (transposed, with biases or a gate of their own) must be excluded. After an
-    error or an interruption the blocks that were finished are quantised, the others as they were.
+    GPT-2's `Conv1D` is one, by the transpose of its weight; blocks may be of several classes. What
+    is outside them (embeddings, head) stays as it is; a model with more linear weights there than
+    inside is refused, unless they are excluded. Experts are quantised one by one, whether they are
+    modules in a list or the stacked parameters of transformers' `…Experts`; stacks of another form
+    (without gates, or with a norm behind each expert) must be excluded. After an error or an
+    interruption the blocks that were finished are quantised, the others as they were.
 
     Args:
         model: on the device that shall compute.
@@ -119,8 +124,9 @@ def gptq_quantize_model(
         sparsity: "2:4" prunes two of every four weights as well, see `prune_quantize_24`; needs a
             symmetric weight without act-order and clip search. It costs many times the error, and
             gives memory, not speed: see `compress_24`.
-        exclude: shell-style patterns of module names to leave alone; by default the head and
-            routers (`*.gate`, `*.gate.wg`, `*.router`, `*.router.*`, `*.shared_expert_gate`).
+        exclude: shell-style patterns of module names to leave alone; by default the head, routers
+            (`*.gate`, `*.gate.wg`, `*.router`, `*.router.*`, `*.shared_expert_gate`) and Mamba's
+            `*.dt_proj`.
         min_expert_tokens: an expert that saw fewer is quantised for the inputs of all experts of
             its layer.
         folder: where finished blocks are kept, so that a call with the same model as it was, the
@@ -138,7 +144,7 @@ def gptq_quantize_model(
         RuntimeError: the model does not call its blocks one after another, calls them again, or
             changes hidden states between them.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
         >>> class Model(nn.Module):
@@ -237,8 +243,9 @@ def rtn_quantize_model(
         symmetric: see there.
         clip_search: see there.
         scale_dtype: see there.
-        exclude: shell-style patterns of module names to leave alone; by default the head and
-            routers (`*.gate`, `*.gate.wg`, `*.router`, `*.router.*`, `*.shared_expert_gate`).
+        exclude: shell-style patterns of module names to leave alone; by default the head, routers
+            (`*.gate`, `*.gate.wg`, `*.router`, `*.router.*`, `*.shared_expert_gate`) and Mamba's
+            `*.dt_proj`.
 
     Returns:
         Quantised weight by the name of its module.

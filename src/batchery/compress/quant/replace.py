@@ -20,6 +20,7 @@ calls them one by one.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,16 +29,16 @@ from torch import Tensor, nn
 
 from batchery._core.validate import require, require_type
 from batchery.compress.quant.checkpoint import carry_config, replace_module
+from batchery.compress.quant.conv1d import linear_weight
 from batchery.compress.quant.experts import (
     PROJECTIONS,
-    STACKS,
     QuantExpert,
     expert_names,
-    is_stacked,
     unstacked,
 )
 from batchery.compress.quant.linear import QuantLinear
 from batchery.compress.quant.partition import fold_act_order, join_outputs
+from batchery.compress.quant.stacks import expert_weights, gate_and_up, is_stacked
 from batchery.compress.quant.weight import QuantizedWeight, act_order, require_packable
 
 __all__ = [
@@ -62,18 +63,18 @@ def replace_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight]) ->
 
     Args:
         model: changed in place.
-        weights: by the names of `nn.Linear` modules, as `gptq_quantize_model` reports and
-            `rtn_quantize_model` returns them; of transformers' stacked experts all or none, by
-            their parameter's name and the expert's number. The stack becomes a list of modules
-            that is called like it: see `experts`.
+        weights: by the names of `nn.Linear` modules or transformers' `Conv1D`, as
+            `gptq_quantize_model` reports and `rtn_quantize_model` returns them; of stacked experts
+            all or none, by their parameter's name and the expert's number. The stack becomes a list
+            of modules that is called like it: see `experts`.
 
     Raises:
-        ValueError: a name is of no `nn.Linear` or expert of the usual form, experts are missing, or
-            a weight has another shape or a group size that the kernels do not take; nothing has
+        ValueError: a name is of no such module or expert of a known form, experts are missing, or a
+            weight has another shape or a group size that the kernels do not take; nothing has
             been replaced.
         TypeError: an argument is of another kind, as a report in the place of its weights.
 
-    Example:
+    Examples:
         >>> from batchery.compress.quant.rtn import quantize_rtn
         >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1))
         >>> replace_linears(model, {"0": quantize_rtn(model[0].weight, group_size=32)})
@@ -91,16 +92,16 @@ def replace_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight]) ->
     shapes: dict[str, tuple[int, ...]] = {}
     stacks: dict[str, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear):
-            shapes[name] = (module.out_features, module.in_features)
+        dense = linear_weight(module)
+        if dense is not None:
+            shapes[name] = tuple(dense.shape)
         elif is_stacked(module):
-            for own in STACKS:
-                _, *shape = module.get_parameter(own).shape
-                experts = [f"{name}.{own}.{i}" for i in range(len(module.get_parameter(own)))]
-                shapes |= dict.fromkeys(experts, tuple(shape))
+            for own, stack in expert_weights(module).items():
+                experts = [f"{name}.{own}.{number}" for number in range(len(stack))]
+                shapes |= dict.fromkeys(experts, tuple(stack.shape[1:]))
                 stacks.setdefault(name, []).extend(experts)
     for name, qw in weights.items():
-        rule = "must name nn.Linear modules or experts of the usual form"
+        rule = "must name nn.Linear or Conv1D modules, or experts of a known form"
         require(name in shapes, owner, "weights", rule, name)
         fits = qw.shape == shapes[name]
         require(fits, owner, f"weights[{name!r}]", f"must be {shapes[name]}", qw.shape)
@@ -115,28 +116,35 @@ def replace_linears(model: nn.Module, weights: Mapping[str, QuantizedWeight]) ->
     places = module_places(model)
     of_experts = {own for experts in stacks.values() for own in experts}
     for name, qw in weights.items():
-        linear = None if name in of_experts else model.get_submodule(name)
-        if isinstance(linear, nn.Linear):  # it may have stood at another place, too
-            replace_everywhere(model, places, linear, QuantLinear.from_linear(linear, qw))
+        if name not in of_experts:
+            linear = model.get_submodule(name)
+            if linear_weight(linear) is not None:  # it may have stood at another place, too
+                replace_everywhere(model, places, linear, QuantLinear.from_linear(linear, qw))
     names = expert_names(model) if stacks else PROJECTIONS
     for name in stacks:
-        stack = model.get_submodule(name)
-        if is_stacked(stack):
-            new = unstacked(stack, names, partial(_expert_layer, weights, name))
-            replace_everywhere(model, places, stack, new)
+        module = model.get_submodule(name)
+        if is_stacked(module):
+            layer = partial(_expert_layer, weights, name, gate_and_up(module))
+            new = unstacked(module, names, layer)
+            replace_everywhere(model, places, module, new)
     carry_config(model)
 
 
 def _expert_layer(
-    weights: Mapping[str, QuantizedWeight], stack: str, own: str, number: int, linear: nn.Linear
+    weights: Mapping[str, QuantizedWeight],
+    stack: str,
+    halves: tuple[slice, slice],
+    own: str,
+    number: int,
+    linear: nn.Linear,
 ) -> QuantLinear:
     """Return the four-bit layer of one projection of an expert."""
     if own == "down_proj":
         return QuantLinear.from_linear(linear, weights[f"{stack}.{own}.{number}"])
-    rows = linear.out_features
-    begin = 0 if own == "gate_proj" else rows
-    both = weights[f"{stack}.gate_up_proj.{number}"]
-    return QuantLinear.from_linear(linear, both.rows(begin, begin + rows))
+    both, rows = weights[f"{stack}.gate_up_proj.{number}"], halves[own == "up_proj"]
+    zeros = None if both.zeros is None else both.zeros[rows]
+    half = replace(both, q=both.q[rows], scales=both.scales[rows], zeros=zeros)
+    return QuantLinear.from_linear(linear, half)
 
 
 class QuantGatedMLP(nn.Module):
@@ -173,7 +181,7 @@ def fuse_mlps(model: nn.Module) -> list[str]:
     Returns:
         The names of the fused modules.
 
-    Example:
+    Examples:
         >>> from batchery.compress.quant.rtn import quantize_rtn
         >>> class MLP(nn.Module):
         ...     def __init__(self):
