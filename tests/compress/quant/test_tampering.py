@@ -16,7 +16,9 @@ transformers = pytest.importorskip("transformers")
 
 from batchery.compress.quant import (  # noqa: E402
     QuantLinear,
+    dequantize,
     load_quantized,
+    pack_gptq,
     quantize_rtn,
     replace_linears,
     rtn_quantize_model,
@@ -251,7 +253,10 @@ def test_a_mask_may_be_infinite_and_a_bias_not(tmp_path):
             load_quantized(tmp_path, into=Masked(nn.Linear(64, 32)))
 
 
-def relabel(folder, **entries):
+def relabel(folder, *, foreign=True, **entries):
+    """Change the config; as other tools write them, files say nothing themselves."""
+    if foreign:
+        with_header(folder / WHOLE, lambda table: table.update(__metadata__={"format": "pt"}))
     file = folder / "config.json"
     content = json.loads(file.read_text())
     content["quantization_config"] |= entries
@@ -280,6 +285,45 @@ def test_zeros_under_the_wrong_label_are_refused(form, act_order, load, tmp_path
     assert stored["checkpoint_format"] == LABELS[form]
     assert "load_as" not in stored
     assert torch.equal(load(tmp_path / "new")(ids()).logits, model(ids()).logits)
+
+
+@both
+@pytest.mark.parametrize("form", LABELS)
+def test_our_files_know_their_version_themselves(form, load, tmp_path):
+    model = four_bits()
+    save_quantized(model, tmp_path, format=form)
+    relabel(tmp_path, foreign=False, checkpoint_format=None)
+    loaded = load(tmp_path)
+    assert torch.equal(loaded(ids()).logits, model(ids()).logits)
+    wrong = ({*LABELS.values()} - {LABELS[form]}).pop()
+    relabel(tmp_path, foreign=False, checkpoint_format=wrong)
+    refused(load, tmp_path, f"checkpoint_format must be {form} as the files say")
+
+
+@pytest.mark.parametrize("form", LABELS)
+def test_our_files_may_hold_weights_a_step_off_zero(form, tmp_path):
+    w = torch.rand(64, 128, generator=torch.Generator().manual_seed(0)) - 0.5
+    w += 1 / 15 if form == "gptq_v2" else -1 / 15
+    qw = quantize_rtn(w, **HOW)
+    save_quantized(nn.Sequential(QuantLinear.from_quantized(qw)), tmp_path, format=form)
+    into = nn.Sequential(nn.Linear(128, 64, False))
+    assert torch.equal(load_quantized(tmp_path, into=into)[0].dequantize(), dequantize(qw))
+    relabel(tmp_path)
+    with pytest.raises(ValueError, match=f"qzeros of 0 in {WHOLE} hold"):
+        load_quantized(tmp_path, into=nn.Sequential(nn.Linear(128, 64, False)))
+
+
+def test_a_bias_that_is_not_finite_is_refused_wherever_it_comes_from():
+    tensors = pack_gptq(quantize_rtn(torch.randn(32, 64), group_size=32))
+    tensors["bias"] = torch.full((32,), torch.nan)
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
+    with pytest.raises(ValueError, match="bias of here must be finite"):
+        QuantLinear.from_checkpoint(tensors, config, where="here")
+    layer = nn.Module()
+    for name, tensor in tensors.items():
+        layer.register_buffer(name, tensor)
+    with pytest.raises(ValueError, match="bias of 0 must be finite"):
+        load_quantized(nn.Sequential(layer), format="gptq_v2")
 
 
 @pytest.mark.parametrize("form", LABELS)

@@ -28,6 +28,7 @@ from batchery.compress.quant.experts import layers_in_model, name_in_files, name
 from batchery.compress.quant.folder import CONFIG, INDEX, OLD_CONFIG, WHOLE, SafetensorsFolder
 from batchery.compress.quant.linear import QuantLinear
 from batchery.compress.quant.scheme import FORMATS, NAMES, Format, Scheme, layers_of
+from batchery.compress.quant.weight import all_finite
 
 __all__ = ["load_quantized", "quantized_state_dict", "save_quantized"]
 
@@ -89,7 +90,8 @@ def load_quantized(
 
         return from_pretrained(folder.path, folder.config(), format=format, device=device)
     with _put_back_on_error(into):
-        _fill(into, folder, Scheme.parse(folder.config(), form=format), device)
+        scheme = Scheme.parse(folder.config(), form=format)
+        _fill(into, folder, scheme.confirmed(folder.metadata, folder.path.name), device)
     carry_config(into)
     return into
 
@@ -194,7 +196,8 @@ def save_quantized(
         (path / name).unlink(missing_ok=True)
     for place, tensors in enumerate(shards, 1):
         file = f"model-{place:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else WHOLE
-        data = safetensors.save(tensors, metadata={"format": "pt", **digests_of(tensors)})
+        said = {"format": "pt", **scheme.metadata(), **digests_of(tensors)}
+        data = safetensors.save(tensors, metadata=said)
         atomic_write(path / file, data)
         files |= dict.fromkeys(tensors, file)
     for old in path.glob("*.safetensors"):
@@ -216,7 +219,11 @@ def described(model: nn.Module, format: Format) -> tuple[Scheme, dict[str, Any]]
     layers = dict(quant_layers(model))
     scheme = _scheme_of(layers, format)
     renamed = name_in_files(model)
-    kept = [renamed(name) for name, module in model.named_modules() if _is_linear(module)]
+    kept = [
+        renamed(f"{name}.weight").removesuffix(".weight")
+        for name, module in model.named_modules()
+        if _is_linear(module)
+    ]
     quantised = [name.rpartition(".")[2] for name in layers]
     return scheme, scheme.config(kept, lm_head="lm_head" in quantised)
 
@@ -336,17 +343,9 @@ def require_finite(
     """Raise where a dense tensor holds NaN, or a parameter infinity, as the buffers of masks do."""
     parameters = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
     for name, tensor in tensors:
-        fine = _finite(tensor, infinity=name.rpartition(".")[2] not in parameters)
+        fine = all_finite(tensor, infinity=name.rpartition(".")[2] not in parameters)
         where = f"{name} in {folder.files[name]}"
         require(fine, "load_quantized", where, "must be finite", "NaN or infinity")
-
-
-def _finite(tensor: Tensor, *, infinity: bool = False) -> bool:
-    """Say whether a tensor has no NaN and, unless it may, no infinity; 8-bit ones are not read."""
-    if not tensor.is_floating_point() or tensor.itemsize == 1 or not tensor.numel():
-        return True
-    ends = torch.stack(tensor.aminmax())  # NaN where one is; `isfinite` takes ten times as long
-    return not bool((ends.isnan() if infinity else ~ends.isfinite()).any())
 
 
 def read_layer(
@@ -368,8 +367,6 @@ def read_layer(
     sizes = None if bias is None else tuple(bias.shape)
     fits = sizes == shape[:1] or (bias is None and linear.bias is None)
     require(fits, "load_quantized", f"bias of {where}", f"must be {shape[:1]}", sizes)
-    fine = bias is None or _finite(bias)
-    require(fine, "load_quantized", f"bias of {where}", "must be finite", "NaN or infinity")
     dtype = linear.weight.dtype
     layer = QuantLinear.from_quantized(qw, bias, device=device, dtype=dtype)
     layer.transposed = isinstance(linear, TransposedLinear)

@@ -288,7 +288,8 @@ def layers_in_model(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
     renamed = name_in_model(model)
     forms: dict[str, list[str]] = {}
     for layer in stored:
-        names = (layer, renamed(layer))
+        # As that of a weight: patterns may end in a dot.
+        names = (layer, renamed(f"{layer}.weight").removesuffix(".weight"))
         forms[layer] = [
             f for name in names for f in (name, name.removeprefix(prefix), prefix + name)
         ]

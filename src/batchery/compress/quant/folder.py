@@ -56,6 +56,7 @@ class SafetensorsFolder:
         require(not self.path.is_file(), self.owner, "path", "must be the folder", str(path))
         self._open: dict[str, Any] = {}
         self._digests: dict[str, dict[str, str] | None] = {}
+        self.metadata: dict[str, str] = {}
         index = self.path / INDEX
         mapped = self._index(index) if index.is_file() and not names else {}
         names = sorted(names or set(mapped.values()) or self._lying())
@@ -87,7 +88,9 @@ class SafetensorsFolder:
             except safetensors.SafetensorError as error:
                 why = where_it_ends(self.path / name) or error
                 raise ValueError(f"{self.owner}: {name} is damaged: {why}") from error
-            self._digests[name] = digests_in(self.owner, name, file.metadata())
+            said = file.metadata() or {}
+            self._digests[name] = digests_in(self.owner, name, said)
+            self.metadata |= said
             self._open[name] = file
         return self._open[name]
 

@@ -55,10 +55,10 @@ from batchery.compress.quant.weight import QuantizedWeight, dequantize, require_
 
 __all__ = ["EXCLUDED", "QuantizationReport", "gptq_quantize_model", "rtn_quantize_model"]
 
-# The head, and by the names that transformers has for them routers, and what Mamba multiplies by
-# itself: a small layer, whose weight it reads.
+# The head, and by the names that transformers has for them routers, and small layers whose weight
+# their model reads: what Mamba multiplies by itself, and that of an index over tokens (DeepSeek).
 ROUTERS = ("*.gate", "*.gate.wg", "*.router", "*.router.*", "*.shared_expert_gate")
-EXCLUDED = ("lm_head", *ROUTERS, "*.dt_proj")
+EXCLUDED = ("lm_head", *ROUTERS, "*.dt_proj", "*.weights_proj")
 
 Sparsity = Literal["2:4"]
 
@@ -125,8 +125,8 @@ def gptq_quantize_model(
             symmetric weight without act-order and clip search. It costs many times the error, and
             gives memory, not speed: see `compress_24`.
         exclude: shell-style patterns of module names to leave alone; by default the head, routers
-            (`*.gate`, `*.gate.wg`, `*.router`, `*.router.*`, `*.shared_expert_gate`) and Mamba's
-            `*.dt_proj`.
+            (`*.gate`, `*.gate.wg`, `*.router`, `*.router.*`, `*.shared_expert_gate`), Mamba's
+            `*.dt_proj` and DeepSeek's `*.weights_proj`.
         min_expert_tokens: an expert that saw fewer is quantised for the inputs of all experts of
             its layer.
         folder: where finished blocks are kept, so that a call with the same model as it was, the
@@ -244,8 +244,8 @@ def rtn_quantize_model(
         clip_search: see there.
         scale_dtype: see there.
         exclude: shell-style patterns of module names to leave alone; by default the head, routers
-            (`*.gate`, `*.gate.wg`, `*.router`, `*.router.*`, `*.shared_expert_gate`) and Mamba's
-            `*.dt_proj`.
+            (`*.gate`, `*.gate.wg`, `*.router`, `*.router.*`, `*.shared_expert_gate`), Mamba's
+            `*.dt_proj` and DeepSeek's `*.weights_proj`.
 
     Returns:
         Quantised weight by the name of its module.

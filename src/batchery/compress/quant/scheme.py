@@ -12,7 +12,7 @@ Which layers are quantised is not asked of the config: the tensors' names say it
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -33,13 +33,19 @@ from batchery.compress.quant.formats_marlin import (
     unpack_marlin,
     unpack_marlin_24,
 )
-from batchery.compress.quant.weight import MIDDLE, QuantizedWeight, require_packable
+from batchery.compress.quant.weight import (
+    MIDDLE,
+    QuantizedWeight,
+    all_finite,
+    require_packable,
+)
 
 __all__ = ["Format", "Scheme", "layers_of"]
 
 Format = Literal["gptq_v1", "gptq_v2", "awq", "compressed-tensors", "marlin"]
 FORMATS = get_args(Format)
 OWNER = "quantization_config"
+ZEROS = "batchery.zeros"  # in files' metadata: the version of GPTQ's zeros, said by their writer
 _VERSIONS: dict[str, Literal[1, 2]] = {"gptq_v1": 1, "gptq_v2": 2}
 
 # 2:4 MARLIN under vLLM's names and under those of compressed-tensors; both are read alone.
@@ -81,7 +87,7 @@ class Scheme:
         group_sizes: allowed sizes of groups, -1 for one group a row; empty: any.
         symmetric: no zeros; None where the config does not say.
         act_order: groups follow the order of activations; None where some layers' do.
-        sure: the version was given, not read from a config.
+        sure: the version was given or is the writer's own word, not read from a config.
 
     Examples:
         >>> scheme = Scheme.parse({"quant_method": "gptq", "bits": 4, "group_size": 128})
@@ -152,6 +158,31 @@ class Scheme:
         )
         return _checked_24(scheme) if family == MARLIN_24 else scheme
 
+    @property
+    def form(self) -> Format:
+        """Name of the format that `write` writes."""
+        found = f"gptq_v{self.version or 2}" if self.family == "gptq" else self.family
+        return cast(Format, found)
+
+    def metadata(self) -> dict[str, str]:
+        """Return what files of these tensors say of them."""
+        return {ZEROS: str(self.version)} if self.family == "gptq" and self.version else {}
+
+    def confirmed(self, metadata: Mapping[str, str], where: str) -> "Scheme":
+        """Return the scheme, sure of its version where the files' metadata say it.
+
+        Raises:
+            ValueError: they say another than the config.
+        """
+        said = metadata.get(ZEROS)
+        if said is None or self.family != "gptq" or self.sure:
+            return self
+        one_of("load_quantized", f"{ZEROS} in {where}", said, ("1", "2"))
+        version: Literal[1, 2] = 1 if said == "1" else 2
+        rule = f"must be gptq_v{version} as the files say"
+        require(self.version in (version, None), OWNER, "checkpoint_format", rule, self.version)
+        return replace(self, version=version, sure=True)
+
     def config(self, kept: Iterable[str], *, lm_head: bool = False) -> dict[str, Any]:
         """Return the `quantization_config` that tools of the family write.
 
@@ -191,6 +222,9 @@ class Scheme:
         Raises:
             ValueError: a tensor does not fit its format, the config or the kernels; it is named.
         """
+        bias = tensors.get("bias")
+        fine = bias is None or all_finite(bias)
+        require(fine, "load_quantized", f"bias of {where}", "must be finite", "NaN or infinity")
         if self.family == "gptq":
             qw = unpack_gptq(
                 tensors,

@@ -238,6 +238,7 @@ class QuantLinearQuantizer(HfQuantizer):  # type: ignore[misc]
         require(plan is None, OWNER, "tp_plan", rule, plan)
         folder = SafetensorsFolder(Path(files[0]).parent, [Path(file).name for file in files])
         self.searched = f"files in {folder.path.name}"
+        self.scheme = self.scheme.confirmed(folder.metadata, folder.path.name)
         layers = stored_layers(folder, self.scheme)
         require(bool(layers), OWNER, "checkpoint_files", "must have quantised layers", files)
         quantised = {full for names in layers.values() for full in names.values()}
@@ -278,9 +279,15 @@ class QuantLinearQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_state_dict_and_metadata(
         self, model: Any
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """Return the state in the format that was loaded."""
+        """Return the state in the format that was loaded, and correct the config."""
+        layers = dict(quant_layers(model))
+        if not layers:  # adapters were merged into all
+            self.remove_quantization_config(model)
+            return None, {}
         scheme = replace(self.scheme, version=self.scheme.version or 1)
-        return _with_digests(model, quantized_state_dict(model, scheme))
+        if layers.keys() != self.where.keys():  # into some
+            self.quantization_config.stored = described(model, scheme.form)[1]
+        return _with_metadata(model, quantized_state_dict(model, scheme), scheme)
 
     def is_serializable(self, **kwargs: Any) -> bool:
         """Say that `save_pretrained` works."""
@@ -308,18 +315,36 @@ class ReplacedQuantizer(QuantLinearQuantizer):
             self.remove_quantization_config(model)
             return None, {}
         scheme, self.quantization_config.stored = described(model, "gptq_v2")
-        return _with_digests(model, quantized_state_dict(model, scheme))
+        return _with_metadata(model, quantized_state_dict(model, scheme), scheme)
 
 
 def _auto() -> Any:
     return import_extra("transformers.quantizers.auto", "hf", OWNER)
 
 
-def _with_digests(model: Any, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return a state and the digests of its tensors, also by the names that files have for them."""
+def _with_metadata(
+    model: Any, state: dict[str, Tensor], scheme: Scheme
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a state, and the metadata of its files: digests also by the names in files.
+
+    Raises:
+        ValueError: transformers would change quantised tensors on their way to the files.
+    """
     loading = import_extra("transformers.core_model_loading", "hf", OWNER)
-    stored = loading.revert_weight_conversion(model, dict(state))
-    return state, digests_of({**state, **stored})
+    try:
+        stored = loading.revert_weight_conversion(model, dict(state))
+    except RuntimeError:  # packed tensors of several sizes do not even join
+        stored = {}
+    there = {(tensor.data_ptr(), tensor.shape) for tensor in stored.values()}
+    ours = tuple(f"{name}." for name, _ in quant_layers(model))
+    lost = [
+        name
+        for name, tensor in state.items()
+        if name.startswith(ours) and (tensor.data_ptr(), tensor.shape) not in there
+    ]
+    rule = "cannot be saved so, as transformers would join tensors: take save_quantized"
+    require(not lost, "save_pretrained", "model", rule, lost[:3])
+    return state, {**scheme.metadata(), **digests_of({**state, **stored})}
 
 
 def _all_loaded(model: Any, where: str) -> None:

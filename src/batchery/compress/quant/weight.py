@@ -21,7 +21,7 @@ from torch import Tensor
 from batchery._core.validate import integer, require, require_type
 from batchery.kernels.w4a16_layout import GROUPS, PackedW4, pack_w4
 
-__all__ = ["QuantizedWeight", "dequantize", "pack", "require_packable"]
+__all__ = ["QuantizedWeight", "all_finite", "dequantize", "pack", "require_packable"]
 
 LEVELS = 16
 MIDDLE = 8  # the zero of a symmetric weight
@@ -187,3 +187,11 @@ def act_order(owner: str, qw: QuantizedWeight) -> Tensor | None:
     require(equal, owner, "g_idx", rule, count.tolist())
     in_order = bool((qw.groups.diff() >= 0).all())
     return None if in_order else torch.argsort(qw.groups, stable=True)
+
+
+def all_finite(tensor: Tensor, *, infinity: bool = False) -> bool:
+    """Say whether a tensor has no NaN and, unless it may, no infinity; 8-bit ones are not read."""
+    if not tensor.is_floating_point() or tensor.itemsize == 1 or not tensor.numel():
+        return True
+    ends = torch.stack(tensor.aminmax())  # NaN where one is; `isfinite` takes ten times as long
+    return not bool((ends.isnan() if infinity else ~ends.isfinite()).any())
