@@ -25,7 +25,6 @@ from batchery.compress.quant import (  # noqa: E402
     fuse_mlps,
     gptq_quantize_model,
     load_quantized,
-    lora_for_quantized,
     quantize_rtn,
     replace_linears,
     rtn_quantize_model,
@@ -462,59 +461,3 @@ def test_only_experts_that_are_usual_mlps_are_fused():
     model = decoder("GptOssForCausalLM")
     replace_linears(model, rtn_quantize_model(model, group_size=32))
     assert fuse_mlps(model) == []
-
-
-def by_type(name, **sizes):
-    """A small decoder of a type that transformers knows, or skip."""
-    known = transformers.models.auto.configuration_auto.CONFIG_MAPPING
-    if name not in known:
-        pytest.skip(f"this version of transformers has no {name}")
-    usual = {**SIZES, "num_hidden_layers": 2, "num_layers": 2, "max_position_embeddings": 64}
-    usual |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-    has = known[name]().to_dict()
-    config = known[name](**{own: usual[own] for own in usual if own in has}, **sizes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return transformers.AutoModelForCausalLM.from_config(config).float().eval()
-
-
-def test_a_family_whose_modules_have_other_names_in_files(tmp_path):
-    model = by_type("exaone")
-    replace_linears(model, rtn_quantize_model(model, group_size=32))
-    save_quantized(model, tmp_path / "a")
-    model.save_pretrained(tmp_path / "b")
-    for folder in ("a", "b"):
-        close(logits(load_quantized(tmp_path / folder)), logits(model))
-
-
-def test_a_family_whose_layers_transformers_joins_in_files(tmp_path):
-    model = by_type("sarvam_moe", head_dim=16, n_group=1, topk_group=1)
-    replace_linears(model, rtn_quantize_model(model, group_size=32))
-    rule = (
-        "cannot be saved so, as transformers would join tensors: take save_quantized, got .*q_proj"
-    )
-    with pytest.raises(ValueError, match=rule):
-        model.save_pretrained(tmp_path / "b")
-    save_quantized(model, tmp_path / "a")
-    close(logits(load_quantized(tmp_path / "a")), logits(model))
-
-
-@pytest.mark.parametrize("names", [["c_attn"], ["c_attn", "c_fc", "c_proj"]])
-def test_a_loaded_model_with_merged_adapters_is_saved_as_what_it_is(names, tmp_path):
-    peft = pytest.importorskip("peft")
-    model = decoder("GPT2LMHead")
-    replace_linears(model, rtn_quantize_model(model, group_size=32))
-    loaded = load_quantized(save_quantized(model, tmp_path / "a"))
-    own = {"target_modules": names, "init_lora_weights": False}
-    tuned = peft.get_peft_model(loaded, lora_for_quantized(peft.LoraConfig(r=2, **own)))
-    merged = tuned.eval().merge_and_unload()
-    merged.save_pretrained(tmp_path / "b")
-    config = json.loads((tmp_path / "b" / "config.json").read_text())
-    if len(names) == 3:
-        assert "quantization_config" not in config
-        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b")
-    else:
-        left = config["quantization_config"]["dynamic"]
-        assert sum("c_attn" in pattern for pattern in left) == 2
-        again = load_quantized(tmp_path / "b")
-    close(logits(again), logits(merged))
