@@ -36,8 +36,8 @@ __all__ = [
     "WARPS",
     "ChunkTable",
     "HalfStep",
-    "as_dtype",
     "Impl",
+    "as_dtype",
     "chunk_bounds",
     "chunk_load",
     "chunk_pointer",
@@ -245,7 +245,7 @@ def require_fused(owner: str, *lists: Sequence[Tensor], blocks: int = 1) -> None
 def prepared_grads(
     grads: list[Tensor], dtype: torch.dtype, divisor: Tensor | None, negate: bool
 ) -> list[Tensor]:
-    """Return gradients in the moments' dtype, divided and negated; the originals stay."""
+    """Return gradients in the dtype of the step, divided and negated; the originals stay."""
     ready = as_dtype(grads, dtype)
     if divisor is not None:
         ready = [grad / divisor.to(dtype) for grad in ready]
