@@ -137,7 +137,12 @@ def checks() -> dict[str, Any]:
     x[3, 5] = torch.nan
     spoilt = w4a16_matmul(x[:16], weight).isnan()
     stays = bool(spoilt[3].all()) and int(spoilt.any(1).sum()) == 1
-    return {"error": max(errors), "invariant": alike, "same_bits": same, "nan_stays": stays}
+    return {
+        "error": float(torch.tensor(errors).max()),
+        "invariant": alike,
+        "same_bits": same,
+        "nan_stays": stays,
+    }
 
 
 def attempt(measurement: Callable[..., dict[str, Any]], *arguments: str) -> dict[str, Any]:
