@@ -49,6 +49,23 @@ def llama(layers=2, seed=0):
         return transformers.LlamaForCausalLM(config).eval()
 
 
+# What the configs of most families call their sizes.
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+
+
+def close(one, other):
+    """Hold two tensors to each other as float32 allows."""
+    assert one.shape == other.shape
+    assert float((one - other).norm()) <= 1e-5 * float(other.norm())
+
+
 def ids(rows=6, length=24, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 64, (rows, length), generator=generator)

@@ -46,7 +46,7 @@ def as_indices(indices: Sequence[int] | Ints | Tensor) -> Tensor:
             return indices.to(torch.int64, copy=True).flatten()
     else:
         with suppress(TypeError, struct.error):  # what is no row of integers
-            if len(indices) and isinstance(indices[0], tuple):  # a batch drawn with a shape
+            if isinstance(next(iter(indices), None), tuple):  # a batch drawn with a shape
                 indices = [index for index, _ in indices]  # type: ignore[misc]
             packed = struct.pack(f"{len(indices)}q", *indices)  # thrice as fast as an array of them
             return torch.from_numpy(np.frombuffer(packed, np.int64).copy())

@@ -11,6 +11,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from four_bits import SIZES, close, inputs
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -45,14 +46,6 @@ TOKENS = torch.randint(1, 64, (4, 24), generator=torch.Generator().manual_seed(0
 ACT_ORDER = {"group_size": 32, "symmetric": False, "act_order": True, "static_groups": False}
 
 GPT2 = {"vocab_size": 64, "n_embd": 64, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-}
 EXPERTS = {"num_hidden_layers": 1, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
 MAMBA = {"mamba_d_state": 16, "mamba_dt_rank": 16}
 KINDS = {
@@ -130,11 +123,6 @@ def states(model, home):
         handle.remove()
     assert len(found) == len(blocks)
     return found
-
-
-def close(one, other):
-    assert one.shape == other.shape
-    assert float((one - other).norm()) <= 1e-5 * float(other.norm())
 
 
 @every
@@ -253,15 +241,11 @@ class Stack(nn.Module):
         return x
 
 
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.mark.parametrize("how", [{"group_size": 32}, ACT_ORDER, {"clip_search": True}])
 @pytest.mark.parametrize("size", [64, 96])
 def test_gptq_of_a_conv1d_is_that_of_the_linear_layer(how, size):
-    linear, x = nn.Linear(64, size), draw(4, 20, 64)
-    linear.weight.data = draw(size, 64, seed=1)
+    linear, x = nn.Linear(64, size), inputs(4, 20, 64)
+    linear.weight.data = inputs(size, 64, seed=1)
     conv = as_conv1d(linear)
     assert isinstance(conv, Conv1D)
     assert torch.equal(conv.weight, linear.weight.T)
@@ -279,7 +263,7 @@ def test_a_conv1d_goes_there_and_back():
     conv = Conv1D(48, 64).eval()
     nn.init.normal_(conv.bias)
     linear = as_linear(conv)
-    x = draw(3, 64)
+    x = inputs(3, 64)
     close(linear(x), conv(x))
     assert linear.weight.data_ptr() == conv.weight.data_ptr()
     qw = quantize_rtn(linear.weight, group_size=32)
@@ -307,7 +291,9 @@ Turned.__name__ = "Conv1D"
 
 def test_a_square_conv1d_that_multiplies_by_its_transpose_is_named():
     with pytest.raises(ValueError, match=r"blocks\.0 must be read by torch\.nn\.functional"):
-        gptq_quantize_model(Stack(Turned(64, 64)), [draw(4, 8, 64)], progress=False, group_size=-1)
+        gptq_quantize_model(
+            Stack(Turned(64, 64)), [inputs(4, 8, 64)], progress=False, group_size=-1
+        )
 
 
 def test_blocks_of_several_classes_must_each_hold_a_linear_layer():

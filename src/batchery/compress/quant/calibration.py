@@ -13,7 +13,6 @@ experts never sees padding.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from batchery._core.validate import require, require_type
+from batchery.compress.quant.digests import digest_of_tensors
 from batchery.compress.quant.gptq import GPTQ
 from batchery.compress.quant.targets import Target
 
@@ -33,7 +33,6 @@ __all__ = [
     "catch_inputs",
     "cut_padding",
     "digest_of",
-    "digest_of_tensors",
     "ready_to_watch",
 ]
 
@@ -130,16 +129,6 @@ def digest_of(calls: Sequence[Call]) -> str:
         named += [(str(place), value) for place, value in enumerate(positional)]
         named += sorted(keywords.items())
     return digest_of_tensors((name, value) for name, value in named if isinstance(value, Tensor))
-
-
-def digest_of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
-    """Return the SHA-256 of names, dtypes, shapes and bytes, in the order given."""
-    digest = hashlib.sha256()
-    for name, value in named:
-        data = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(data.numpy().data)  # no copy
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,28 @@ Names that changed places, shapes and dtypes are found like changed bytes. A fil
 names than it has: transformers gives all files of a folder the same metadata.
 """
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 
 from batchery._core.validate import require
-from batchery.compress.quant.calibration import digest_of_tensors
 
-__all__ = ["digests_in", "digests_of", "require_unchanged"]
+__all__ = ["digest_of_tensors", "digests_in", "digests_of", "require_unchanged"]
 
 KEY = "batchery.sha256"
+
+
+def digest_of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the SHA-256 of names, dtypes, shapes and bytes, in the order given."""
+    digest = hashlib.sha256()
+    for name, value in named:
+        data = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(data.numpy().data)  # no copy
+    return digest.hexdigest()
 
 
 def digests_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -34,7 +45,11 @@ def digests_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         >>> sorted(digests_in("me", "x.safetensors", metadata))
         ['x']
     """
-    return {KEY: json.dumps({name: _digest(name, tensor) for name, tensor in tensors.items()})}
+    return {
+        KEY: json.dumps(
+            {name: digest_of_tensors([(name, tensor)]) for name, tensor in tensors.items()}
+        )
+    }
 
 
 def digests_in(owner: str, file: str, metadata: Mapping[str, str] | None) -> dict[str, str] | None:
@@ -58,9 +73,5 @@ def require_unchanged(
         return
     if name not in listed:
         raise ValueError(f"{owner}: {name} was added to {file} after it was written")
-    if listed[name] != _digest(name, tensor):
+    if listed[name] != digest_of_tensors([(name, tensor)]):
         raise ValueError(f"{owner}: {name} in {file} was changed after it was written")
-
-
-def _digest(name: str, tensor: Tensor) -> str:
-    return digest_of_tensors([(name, tensor)])

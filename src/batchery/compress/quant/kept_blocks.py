@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from batchery._core.state import atomic_write
 from batchery._core.validate import import_extra, require
-from batchery.compress.quant.calibration import digest_of_tensors
+from batchery.compress.quant.digests import digest_of_tensors
 from batchery.compress.quant.targets import Target
 from batchery.compress.quant.weight import QuantizedWeight
 
