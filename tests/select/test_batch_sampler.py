@@ -229,6 +229,7 @@ def test_a_shape_comes_with_every_index_until_it_is_taken_back():
         sampler.set_batch_size(3, shape=8)
     assert sampler.shape == ()
     sampler.set_batch_size(np.int64(3), shape=torch.tensor([3, 4]))
+    assert json.dumps(ResumableBatchSampler(8, np.int64(4)).state_dict())
     assert json.loads(json.dumps(sampler.state_dict()))["next_form"] == [3, 3, 4]
 
 

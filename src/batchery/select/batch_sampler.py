@@ -170,7 +170,8 @@ class ResumableBatchSampler(Sampler[list[Any]]):
         self.process_group = process_group
         self._given = None if rank is None or world_size is None else (rank, world_size)
         self._seed = seed_of(owner, generator)
-        self._form, self._first_batch_size = Form(batch_size, ()), batch_size
+        self._form = Form(int(batch_size), ())
+        self._first_batch_size = self._form.size
         self._check_batch_size(batch_size)
         fewest = batch_size if drop_last else self._place()[1]
         rule = f"must hold at least {fewest} examples"
