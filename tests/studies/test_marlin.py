@@ -7,7 +7,7 @@ import torch
 
 from batchery import datasets
 from batchery.compress.quant import quantize_rtn
-from batchery.studies import marlin
+from batchery.studies import lab, marlin
 from batchery.studies.harness import load_result, run_study
 from batchery.studies.marlin import PLANS, STUDY
 from batchery.studies.report import comparison_rows, draw, results_markdown
@@ -24,6 +24,15 @@ def test_the_layers_of_every_scale_hold_whole_groups():
         assert abs(plan.size.mlp / (plan.size.hidden * 8 / 3) - 1) < 0.13
     tokens = {scale: plan.sequences * plan.size.context for scale, plan in PLANS.items()}
     assert (tokens["cpu"], tokens["gpu"]) == (16_384, 65_536)
+
+
+def test_the_model_at_scale_gpu_is_as_large_as_the_specification_asks():
+    pytest.importorskip("transformers")
+    with torch.device("meta"):
+        model = lab.new_model(PLANS["gpu"].size)
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert 100 < millions < 300
+    assert f"{millions:.0f} million parameters" in STUDY.protocol
 
 
 def test_an_arm_leaves_the_model_to_the_next_as_it_was():
