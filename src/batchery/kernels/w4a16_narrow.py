@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from batchery.kernels.multi_tensor import on_its_device
+from batchery.kernels.w4a16_epilogue import Norm, Residual
 from batchery.kernels.w4a16_layout import CHUNK, NIBBLES, PackedW4
 from batchery.kernels.w4a16_tiles import Runners, aligned, run
 from batchery.kernels.w4a16_wide import gluon, nibble_asm, swizzled
@@ -58,6 +59,8 @@ def launch(
     bias: Tensor | None = None,
     out: Tensor | None = None,
     chained: bool = False,
+    norm_of: Norm | None = None,
+    add_to: Residual | None = None,
 ) -> Tensor:
     """Multiply x `(M, K)` by the weight; a gated weight's bias comes woven.
 
@@ -70,9 +73,16 @@ def launch(
         out: where the result goes.
         chained: read the weight before the kernel before this one has ended, and let the one after
             begin; see `w4a16_matmul`.
+        norm_of: what is left to do of the norm of x.
+        add_to: to which the result is added; its x is returned.
     """
     (m, k), (n, _) = x.shape, weight.shape
     _, blocks, _, lanes = weight.words.shape
+    h = gain = h_squares = x_squares = None
+    if norm_of is not None:
+        x_squares = norm_of.squares
+    if add_to is not None:
+        h, gain, out, h_squares = add_to
     if out is None:
         out = x.new_empty(m, n // 2 if weight.gated else n)
     m_tiles = -(-m // form.batch)
@@ -89,6 +99,8 @@ def launch(
         zeros is not None,
         weight.gated,
         chained,
+        0 if norm_of is None else k,
+        0.0 if norm_of is None else norm_of.eps,
     )
     layout = swizzled(lanes)
     words = weight.words.view(-1, lanes)
@@ -96,12 +108,14 @@ def launch(
         TensorDescriptor(x, [m, k], [x.stride(0), 1], [form.batch, NIBBLES * lanes], layout),
         TensorDescriptor(words, [*words.shape], [lanes, 1], [CHUNK, lanes], layout),
     )
-    tensors = (weight.scales, zeros, bias, out, partials, weight.counters)
+    beside = (h, gain, h_squares, x_squares)
+    tensors = (weight.scales, zeros, bias, out, partials, weight.counters, *beside)
     numbers = (m, n, out.stride(0), weight.rows, blocks, m_tiles, split)
-    kinds = (lanes, weight.scales.dtype, None if bias is None else bias.dtype)
+    kinds = (lanes, weight.scales.dtype, None if bias is None else bias.dtype, h is None)
     arguments = (*descriptors, *tensors, *numbers, *constants)
     with on_its_device(x):
-        known = runners if aligned(weight, x, out, bias) else {}
+        whole = all(t is None or t.data_ptr() % 16 == 0 for t in beside)
+        known = runners if whole and aligned(weight, x, out, bias) else {}
         key = (x.get_device(), *kinds, *numbers)
         run(_narrow, known, key, tiles * split, arguments, options)
     return out
@@ -109,15 +123,17 @@ def launch(
 
 @cache
 def _prepared(
-    form: Narrow, dtype: torch.dtype, group: int, asymmetric: bool, gated: bool, chained: bool
-) -> tuple[tuple[Any, ...], dict[str, int], Runners]:
+    form: Narrow, dtype: torch.dtype, group: int, asymmetric: bool, gated: bool, chained: bool,
+    width: int, eps: float,
+) -> tuple[tuple[Any, ...], dict[str, int], Runners]:  # fmt: skip
     """Return the kernel's constants, its options and its compiled forms."""
     asm = [nibble_asm(dtype, place, asymmetric, False) for place in range(NIBBLES)]
-    constants = (group, form.batch, form.rows, form.stages, gated, chained, *asm)
+    constants = (group, form.batch, form.rows, form.stages, gated, chained, width, eps, *asm)
     return constants, {"num_warps": 4, "maxnreg": form.registers, "launch_pdl": chained}, {}
 
 
 if gluon is not None:
+    from batchery.kernels.w4a16_epilogue import deliver, row_scales
     from batchery.kernels.w4a16_wide import (
         TensorDescriptor,
         barrier,
@@ -269,79 +285,15 @@ if gluon is not None:
             acc = acc[:H] + (acc[H] + totals[P] * scale,) + acc[H + 1 :]
         return acc
 
-    @gluon.jit
-    def _finish(
-        y, n0, m, tensors, sizes, GROUP: gl.constexpr, GATED: gl.constexpr, LINES: gl.constexpr
-    ):
-        """Write y `(64, BATCH)` of yᵀ, in lines, to its place in out `(M, N)`."""
-        scales, bias, out = tensors
-        M, N, out_stride = sizes
-        BATCH: gl.constexpr = y.shape[1]
-        n = n0 + gl.arange(0, 64, gl.SliceLayout(1, LINES))
-        if GROUP == 0:
-            y *= gl.load(scales + n).to(gl.float32)[:, None]
-        if bias is not None:
-            y += gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
-        if GATED:
-            PAIRS: gl.constexpr = gl.BlockedLayout([2, 1], [16, 2], [1, 4], [0, 1])
-            gate, up = gl.split(gl.permute(gl.reshape(y, [32, 2, BATCH]), (0, 2, 1)))
-            gate = gl.convert_layout(gate, PAIRS)
-            up = gl.convert_layout(up, PAIRS)
-            y = gate / (1 + gl.exp(-gate)) * up
-            n = n0 // 2 + gl.arange(0, 32, gl.SliceLayout(1, PAIRS))
-            m += gl.arange(0, BATCH, gl.SliceLayout(0, PAIRS))
-            N = N // 2
-        else:
-            m += gl.arange(0, BATCH, gl.SliceLayout(0, LINES))
-        at = out + m.to(gl.int64)[None, :] * out_stride + n[:, None]
-        gl.store(at, y.to(out.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
-
-    @gluon.jit
-    def _deliver(
-        acc, partials, counters, tile, part, split, n0, m0, tensors, sizes,
-        GROUP: gl.constexpr, GATED: gl.constexpr,
-    ):  # fmt: skip
-        """Write a tile; of one in parts, the program that comes last adds them up in order."""
-        MMA: gl.constexpr = acc[0].type.layout
-        LINES: gl.constexpr = gl.BlockedLayout([4, 1], [16, 2], [1, 4], [0, 1])
-        HALVES: gl.constexpr = len(acc)
-        BATCH: gl.constexpr = acc[0].shape[1]
-        SIZE: gl.constexpr = HALVES * 64 * BATCH
-        if split == 1:
-            for h in gl.static_range(HALVES):
-                y = gl.convert_layout(acc[h], LINES)
-                _finish(y, n0 + h * 64, m0, tensors, sizes, GROUP, GATED, LINES)
-        else:
-            sums = partials + tile.to(gl.int64) * split * SIZE
-            m = gl.arange(0, BATCH, gl.SliceLayout(0, MMA))[None, :]
-            spot = m * (HALVES * 64) + gl.arange(0, 64, gl.SliceLayout(1, MMA))[:, None]
-            for h in gl.static_range(HALVES):
-                gl.store(sums + part * SIZE + spot + h * 64, acc[h], mask=m0 + m < sizes[0])
-            barrier()  # every thread's sums come before this program's count
-            if gl.atomic_add(counters + tile, 1, sem="acq_rel") == split - 1:
-                gl.store(counters + tile, 0)
-                row = gl.arange(0, BATCH, gl.SliceLayout(0, LINES))[None, :]
-                place = row * (HALVES * 64) + gl.arange(0, 64, gl.SliceLayout(1, LINES))[:, None]
-                inside = m0 + row < sizes[0]
-                for h in gl.static_range(HALVES):
-                    y = gl.zeros([64, BATCH], gl.float32, LINES)
-                    # Four at a time are on their way together; they are added one after another.
-                    for other in range(0, split, 4):
-                        at = sums + other * SIZE + h * 64 + place
-                        for i in gl.static_range(4):
-                            mask = inside & (other + i < split)
-                            y += gl.load(at + i * SIZE, mask=mask, other=0.0, cache_modifier=".cg")
-                    _finish(y, n0 + h * 64, m0, tensors, sizes, GROUP, GATED, LINES)
-
     @gluon.jit(
         do_not_specialize=["M", "blocks"], do_not_specialize_on_alignment=["m_tiles", "split"]
     )
     def _narrow(
-        x, words, scales, zeros, bias, out, partials, counters,
+        x, words, scales, zeros, bias, out, partials, counters, hidden, gain, h_squares, x_squares,
         M, N, out_stride, padded, blocks, m_tiles, split,
         GROUP: gl.constexpr, BATCH: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr,
-        GATED: gl.constexpr, CHAINED: gl.constexpr, A: gl.constexpr, B: gl.constexpr,
-        C: gl.constexpr, D: gl.constexpr,
+        GATED: gl.constexpr, CHAINED: gl.constexpr, WIDTH: gl.constexpr, EPS: gl.constexpr,
+        A: gl.constexpr, B: gl.constexpr, C: gl.constexpr, D: gl.constexpr,
     ):  # fmt: skip
         """Sum one output tile `(ROWS, BATCH)` of yᵀ over one of `split` parts of the columns."""
         T: gl.constexpr = x.dtype
@@ -373,8 +325,13 @@ if gluon is not None:
         for early in gl.static_range(STAGES):
             _expect(rings, early, turns, STAGES)
             _copy_words(words, rings, early, turns, n0 // 64, first, blocks, STAGES)
+        ready = _barriers(1, 1)[0].index(0)
         if CHAINED:
             _let_next_begin()
+            # A copy of rows beyond x fetches the descriptor, for which the first one would wait.
+            mbarrier.init(ready, count=1)
+            mbarrier.expect(ready, 2 * BATCH * 4 * J)
+            tma.async_copy_global_to_shared(x, [M, 0], ready, x_ring.index(0))
         else:
             for early in gl.static_range(STAGES):
                 _copy_x(x, rings, early, turns, m0, first, STAGES)
@@ -394,9 +351,11 @@ if gluon is not None:
         left = _unpack(w, z, 0, SPAN, HALVES, FORMS, T)
         old = left
         if CHAINED:
+            mbarrier.wait(ready, 0)
             _wait_for_previous()  # weights are no output of the chain; x is
             for early in gl.static_range(STAGES):
                 _copy_x(x, rings, early, turns, m0, first, STAGES)
+        r = row_scales(x_squares, m0, M, BATCH, WIDTH, EPS)  # on its way while x is
         mbarrier.wait(x_full.index(0), 0)
         for turn in range(turns):
             stage = turn % STAGES
@@ -439,7 +398,7 @@ if gluon is not None:
                 acc, old = _wait_all(acc, old)
             acc = _add(acc, totals, s, STEPS - 1, SPAN, HALVES)
             s, z = s_after, z_after
-        _deliver(
-            acc, partials, counters, tile, part, split, n0, m0, (scales, bias, out),
-            (M, N, out_stride), GROUP, GATED,
+        deliver(
+            acc, r, partials, counters, tile, part, split, n0, m0,
+            (scales, bias, out, hidden, gain, h_squares), (M, N, out_stride), GROUP, GATED,
         )  # fmt: skip

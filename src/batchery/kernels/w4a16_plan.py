@@ -111,13 +111,16 @@ NARROW: tuple[tuple[int, dict[Narrow, Price]], ...] = (
 )
 
 # The same where kernels are chained, and the first words of a weight are there when x is: after
-# whole decoding steps of an 8B shape on an H200, 1 to 32 sequences.
+# whole decoding steps of an 8B shape on an H200, 1 to 32 sequences. A program's room matters beyond
+# its own kernel: as many as find room gather on processors that are free first, and the next
+# kernel's begin beside them only where some is left.
 CHAINED: tuple[tuple[int, dict[Narrow, Price]], ...] = (
     (
         8,
         {
-            Narrow(8, 64, 6, 168): Price(3, 0.9, lost=3, added=0.55),
+            Narrow(8, 64, 5, 168): Price(3, 0.9, lost=3, added=0.55),
             Narrow(8, 64, 4, 128): Price(4, lost=3, added=0.55),
+            Narrow(8, 64, 7, 168): Price(2, 0.89, lost=3, added=0.55),
             Narrow(8, 128, 4, 168): Price(2, 1.02, lost=2.5, added=0.6),
         },
     ),
@@ -126,12 +129,14 @@ CHAINED: tuple[tuple[int, dict[Narrow, Price]], ...] = (
         {
             Narrow(16, 64, 4, 168): Price(3, 0.9, lost=3, added=0.55),
             Narrow(16, 64, 3, 128): Price(4, lost=3, added=0.55),
+            Narrow(16, 64, 5, 168): Price(2, 0.89, lost=3, added=0.55),
         },
     ),
     (
         32,
         {
             Narrow(32, 64, 3, 168): Price(3, lost=3, added=0.55),
+            Narrow(32, 64, 4, 168): Price(2, 0.99, lost=3, added=0.55),
             Narrow(32, 128, 2, 255): Price(2, 1.7, lost=3, added=0.55),
         },
     ),
