@@ -4,34 +4,38 @@
 One step for a batch of sequences that each have a full cache of keys and values: everything that a
 decoder does, in one CUDA graph. All arms hold the same numbers, the dense one those of the four-bit
 weights, and take the same kernels beside their products (`decode_kernels.py`); each the faster of
-chaining its kernels or not. Products of cuBLAS take no part in a chain, those of four bits do; what
-that makes is printed. Embedding and head stay in bfloat16, but for an arm that has the head
-in 4 bits too. Before anything is timed the logits of all after two layers are compared with a step
-in torch's operations (after 32 random ones what bfloat16 rounds has grown).
+chaining its kernels or not. Products of cuBLAS take no part in a chain. Those of four bits do, and
+do the norms that stand between two of them; what a chain makes is printed. Embedding and head stay
+in bfloat16, but for an arm that has the head in 4 bits too. Before anything is timed the logits of
+all after two layers are compared with a step in torch's operations (after 32 random ones what
+bfloat16 rounds has grown).
 """
 
 import argparse
+import itertools
 import json
-import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from decode_kernels import EPS, add_norm, attend, join
+from decode_kernels import EPS, add_norm, attend, choose, join
 from torch import Tensor
 
 from batchery.cli import device_argument
 from batchery.compress.quant import dequantize, pack, quantize_rtn
-from batchery.kernels.w4a16 import w4a16_matmul
+from batchery.kernels.w4a16 import Norm, Residual, w4a16_matmul
 from batchery.kernels.w4a16_layout import PackedW4
 from batchery.studies.harness import environment
 
 BATCHES = (1, 8, 16, 32, 64)
 CONTEXTS = (64, 512)
+CHECKED = (64, 200)  # tokens in the cache when logits are compared, once in one part, once in some
 AIMS = {1: 2.3, 8: 2.3, 16: 2.3, 32: 1.8, 64: 1.3}  # of the specification: W4 over bfloat16
 ARMS = ("bfloat16", "W4", "W4 with its head")
 ALIKE = 0.02  # relative difference of logits that bfloat16 may make in two layers
@@ -72,8 +76,25 @@ class Cache(NamedTuple):
     turn: Tensor
 
 
-def product(x: Tensor, w: Weight, chained: bool = False) -> Tensor:
-    return w4a16_matmul(x, w, chained=chained) if isinstance(w, PackedW4) else F.linear(x, w)
+def product(x: Tensor, w: Weight, chained: bool = False, norm: Norm | None = None) -> Tensor:
+    """Multiply; only four bits take rows whose norm is not done."""
+    if isinstance(w, PackedW4):
+        return w4a16_matmul(x, w, chained=chained, norm_of=norm)
+    return F.linear(x, w)
+
+
+def add_product(
+    y: Tensor, w: Weight, stream: Residual, chained: bool, after: Weight
+) -> Norm | None:
+    """Add a product to the stream and ready the norm before `after`; return what is left of it.
+
+    Four bits do it themselves, if those after can do the rest.
+    """
+    if isinstance(w, PackedW4) and isinstance(after, PackedW4):
+        w4a16_matmul(y, w, chained=chained, add_to=stream)
+        return Norm(stream.squares, EPS)
+    add_norm(stream.h, product(y, w, chained), stream.weight, stream.x, chained)
+    return None
 
 
 def rotated(x: Tensor, turn: Tensor) -> Tensor:
@@ -102,36 +123,39 @@ def layer_by_torch(h: Tensor, layer: Layer, pairs: Tensor, place: Tensor, turn: 
 
 
 class Model:
-    """Layers in one form, with an embedding and a head."""
+    """Layers in one form, with an embedding, the last norm and a head."""
 
-    def __init__(self, layers: list[Layer], embedding: Tensor, head: Weight) -> None:
+    def __init__(self, layers: list[Layer], embedding: Tensor, norm: Tensor, head: Weight) -> None:
         """Keep the weights."""
-        self.layers, self.embedding, self.head = layers, embedding, head
-        self.one = torch.ones_like(embedding[0])
+        self.layers, self.embedding, self.norm, self.head = layers, embedding, norm, head
 
     def logits_by_torch(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Return `(B, vocabulary)` for the tokens `(B,)` that follow the cache."""
         h = self.embedding[tokens]
         for pairs, layer in zip(cache.pairs, self.layers, strict=True):
             h = layer_by_torch(h, layer, pairs, cache.place, cache.turn)
-        return product(F.rms_norm(h, h.shape[-1:], eps=EPS), self.head)
+        return product(F.rms_norm(h, h.shape[-1:], self.norm, EPS), self.head)
 
     def logits(self, tokens: Tensor, cache: Cache, chained: bool) -> Tensor:
         """The same by kernels; what a layer adds to its input is added with the next norm."""
         h = self.embedding[tokens]
-        update, x, y = torch.zeros_like(h), torch.empty_like(h), torch.empty_like(h)
-        for pairs, layer in zip(cache.pairs, self.layers, strict=True):
-            add_norm(h, update, layer.norms[0], x, chained)
-            heads = product(x, layer.qkv, chained)
+        y, norm = torch.empty_like(h), None
+        stream = Residual.of(h, self.layers[0].norms[0])
+        add_norm(h, torch.zeros_like(h), stream.weight, stream.x, chained)
+        following = [(layer.norms[0], layer.qkv) for layer in self.layers[1:]]
+        following += [(self.norm, self.head)]
+        for pairs, layer, (last, after) in zip(cache.pairs, self.layers, following, strict=True):
+            heads = product(stream.x, layer.qkv, chained, norm)
             attend(heads, pairs, cache.turn, cache.place, y, chained)
-            add_norm(h, product(y, layer.out, chained), layer.norms[1], x, chained)
-            z = product(x, layer.gate_up, chained)
+            stream = stream._replace(weight=layer.norms[1])
+            norm = add_product(y, layer.out, stream, chained, layer.gate_up)
+            z = product(stream.x, layer.gate_up, chained, norm)
             if not isinstance(layer.gate_up, PackedW4):
                 both, z = z, z.new_empty(len(z), z.shape[1] // 2)
                 join(both, z, chained)
-            update = product(z, layer.down, chained)
-        add_norm(h, update, self.one, x, chained)
-        return product(x, self.head, chained)
+            stream = stream._replace(weight=last)
+            norm = add_product(z, layer.down, stream, chained, after)
+        return product(stream.x, self.head, chained, norm)
 
 
 def build(size: Size, device: torch.device) -> dict[str, Model]:
@@ -149,7 +173,10 @@ def build(size: Size, device: torch.device) -> dict[str, Model]:
         "gate_up": (2 * size.mlp, size.hidden),
         "down": (size.hidden, size.mlp),
     }
-    norms = torch.ones(2, size.hidden, device=device, dtype=torch.bfloat16)
+
+    def some_norms(count: int) -> Tensor:
+        return (torch.rand(count, size.hidden, **like) + 0.5).bfloat16()
+
     dense, packed = [], []
     for _ in range(size.layers):
         plain = {
@@ -158,13 +185,15 @@ def build(size: Size, device: torch.device) -> dict[str, Model]:
         }
         small = {name: pack(qw, gated=name == "gate_up")[0] for name, qw in plain.items()}
         large = {name: dequantize(qw, torch.bfloat16) for name, qw in plain.items()}
+        norms = some_norms(2)
         packed.append(Layer(**small, norms=norms))
         dense.append(Layer(**large, norms=norms))
     table = random(size.vocabulary, size.hidden).bfloat16()
     rounded = quantize_rtn(random(size.vocabulary, size.hidden), scale_dtype=torch.bfloat16)
     head = dequantize(rounded, torch.bfloat16)
     kinds = (dense, head), (packed, head), (packed, pack(rounded)[0])
-    return {name: Model(ls, table, h) for name, (ls, h) in zip(ARMS, kinds, strict=True)}
+    norm = some_norms(1)[0]
+    return {name: Model(ls, table, norm, h) for name, (ls, h) in zip(ARMS, kinds, strict=True)}
 
 
 def new_cache(size: Size, batch: int, context: int, device: torch.device) -> Cache:
@@ -177,12 +206,18 @@ def new_cache(size: Size, batch: int, context: int, device: torch.device) -> Cac
     return Cache(pairs, place, torch.stack([angles.cos(), angles.sin()]).bfloat16())
 
 
-def choose(logits: Tensor) -> Tensor:
-    """Return the index of the largest of each row, in two stages that fill the device."""
-    parts = logits.unflatten(-1, (-1, math.gcd(logits.shape[-1], 256)))
-    part = parts.amax(-1).argmax(-1)
-    rows = torch.arange(len(part), device=part.device)
-    return part * parts.shape[-1] + parts[rows, part].argmax(-1)
+def captured(step: Callable[[], Tensor | None]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Return a step in a graph, and where its result lies."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    return graph, found
 
 
 def seconds_per_step(
@@ -192,17 +227,9 @@ def seconds_per_step(
     if not tokens.is_cuda:
         begin = time.perf_counter()
         for _ in range(steps):
-            tokens.copy_(choose(model.logits_by_torch(tokens, cache)))
+            tokens.copy_(model.logits_by_torch(tokens, cache).argmax(-1))
         return (time.perf_counter() - begin) / steps
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            model.logits(tokens, cache, chained)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        tokens.copy_(choose(model.logits(tokens, cache, chained)))
+    graph, _ = captured(lambda: choose(model.logits(tokens, cache, chained), tokens, chained))
     times = []
     for _ in range(4):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -216,28 +243,36 @@ def seconds_per_step(
 
 
 @torch.no_grad()
-def differences(models: dict[str, Model], size: Size, device: torch.device) -> dict[str, float]:
-    """How far the logits of the arms after two layers are from those of torch's operations."""
-    first, cache = (
-        torch.arange(4, device=device),
-        new_cache(replace(size, layers=2), 4, 100, device),
-    )
+def differences(
+    models: dict[str, Model], size: Size, batches: Sequence[int], device: torch.device
+) -> dict[str, float]:
+    """How far at most the arms' logits after two layers are from those of torch's operations.
 
-    def logits(model: Model, chained: bool | None) -> Tensor:
-        own = cache._replace(pairs=cache.pairs.clone())
-        two = Model(model.layers[:2], model.embedding, model.head)
-        if chained is None:
-            return two.logits_by_torch(first, own).float()
-        return two.logits(first, own, chained).float()
-
-    wanted = logits(models["bfloat16"], None)
-    whole = wanted.norm()
-    ways = (False, True) if device.type == "cuda" else (None,)
-    return {
-        # A tensor's maximum, which NaN is where there is one.
-        name: float(torch.stack([(logits(model, w) - wanted).norm() for w in ways]).max() / whole)
+    On CUDA they come from graphs, as what is timed does.
+    """
+    found = dict.fromkeys(models, 0.0)
+    two = {
+        name: Model(model.layers[:2], model.embedding, model.norm, model.head)
         for name, model in models.items()
     }
+    ways = (False, True) if device.type == "cuda" else ()
+    for batch, context in itertools.product(batches, CHECKED):
+        tokens = torch.arange(batch, device=device)
+        cache = new_cache(replace(size, layers=2), batch, context, device)
+        own = cache._replace(pairs=cache.pairs.clone())
+        wanted = two["bfloat16"].logits_by_torch(tokens, own).float()
+        for name, model in two.items():
+            logits = [] if ways else [model.logits_by_torch(tokens, own)]
+            for chained in ways:
+                graph, y = captured(partial(model.logits, tokens, own, chained))
+                own.pairs.copy_(cache.pairs)
+                y.fill_(torch.nan)
+                graph.replay()
+                logits.append(y)
+            # A tensor's maximum, which NaN is where there is one.
+            apart = torch.stack([(y.float() - wanted).norm() for y in logits]).max()
+            found[name] = float(torch.maximum(apart / wanted.norm(), torch.tensor(found[name])))
+    return found
 
 
 @torch.no_grad()
@@ -287,7 +322,8 @@ def main() -> None:
     found["environment"] = environment(device)
     found["device"] = torch.cuda.get_device_name() if on_cuda else "CPU"
     models = build(size, device)
-    found["size"], found["logits_differ_by"] = asdict(size), differences(models, size, device)
+    found["size"] = asdict(size)
+    found["logits_differ_by"] = differences(models, size, options.batches, device)
     print("logits differ by", ", ".join(f"{d:.4f}" for d in found["logits_differ_by"].values()))
     if not all(difference < ALIKE for difference in found["logits_differ_by"].values()):
         raise RuntimeError("the arms do not compute the same")
