@@ -338,6 +338,7 @@ def test_forcing_the_kernels_where_they_cannot_run_raises():
         ((1027, 1024, 128), torch.bfloat16, True),
         ((1027, 1024, 128), torch.bfloat16, False),
         ((2048, 4096, 32), torch.bfloat16, True),
+        ((1090, 2048, 64), torch.float16, True),
         ((512, 1088, 1088), torch.float16, True),
         ((25472, 256, 128), torch.float16, True),  # as many tiles as an H100 holds at once
         ((34048, 256, 128), torch.float16, True),  # more

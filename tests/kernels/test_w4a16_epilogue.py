@@ -99,9 +99,9 @@ def states(m, *widths, dtype, device="cpu", seed=1):
     return [torch.randn(m, n, generator=generator).to(device, dtype) for n in widths]
 
 
-def check(m, dtype, device, matmul=w4a16_matmul, factor=1.0, hidden=384, mlp=512):
+def check(m, dtype, device, matmul=w4a16_matmul, factor=1.0, hidden=384, mlp=512, group=128):
     """Compare h += z · Dᵀ and silu(gate)·up of rms_norm(h) with float64."""
-    (down, up), (wide_down, wide_up), gain = layers(hidden, mlp, dtype, device)
+    (down, up), (wide_down, wide_up), gain = layers(hidden, mlp, dtype, device, group)
     h, z = states(m, hidden, mlp, dtype=dtype, device=device)
     wanted = h.double() + z.double() @ wide_down.T
     residual = Residual.of(h, gain)
@@ -285,6 +285,8 @@ def test_a_norm_between_products_at_any_number_of_rows(chained):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     check(16, dtype, "cuda", partial(matmul, impl="torch"), factor=2)
     check(7, dtype, "cuda", matmul, hidden=4224, mlp=256)
+    for group, m in ((32, 8), (64, 16), (32, 33), (64, 64)):
+        check(m, dtype, "cuda", matmul, group=group)
 
 
 @pytest.mark.gpu
@@ -349,7 +351,7 @@ def test_a_chain_of_blocks_has_the_bits_of_kernels_one_after_another(m):
     with torch.cuda.graph(graph):
         found = chain(True)
     generator = torch.Generator("cuda").manual_seed(3)
-    for _ in range(20):
+    for _ in range(100):
         h0.copy_(torch.randn(h0.shape, device="cuda", generator=generator))
         found.zero_()
         graph.replay()

@@ -325,10 +325,10 @@ if gluon is not None:
         for early in gl.static_range(STAGES):
             _expect(rings, early, turns, STAGES)
             _copy_words(words, rings, early, turns, n0 // 64, first, blocks, STAGES)
-        ready = _barriers(1, 1)[0].index(0)
         if CHAINED:
             _let_next_begin()
             # A copy of rows beyond x fetches the descriptor, for which the first one would wait.
+            ready = _barriers(1, 1)[0].index(0)
             mbarrier.init(ready, count=1)
             mbarrier.expect(ready, 2 * BATCH * 4 * J)
             tma.async_copy_global_to_shared(x, [M, 0], ready, x_ring.index(0))
