@@ -5,10 +5,10 @@ One step for a batch of sequences that each have a full cache of keys and values
 decoder does, in one CUDA graph. All arms hold the same numbers, the dense one those of the four-bit
 weights, and take the same kernels beside their products (`decode_kernels.py`); each the faster of
 chaining its kernels or not. Products of cuBLAS take no part in a chain. Those of four bits do, and
-do the norms that stand between two of them; what a chain makes is printed. Embedding and head stay
-in bfloat16, but for an arm that has the head in 4 bits too. Before anything is timed the logits of
-all after two layers are compared with a step in torch's operations (after 32 random ones what
-bfloat16 rounds has grown).
+then do the norms that stand between two of them; what a chain makes is printed. Embedding and head
+stay in bfloat16, but for an arm that has the head in 4 bits too. Before anything is timed the
+logits of all after two layers are compared with a step in torch's operations (after 32 random ones
+what bfloat16 rounds has grown).
 """
 
 import argparse
@@ -89,10 +89,11 @@ def add_product(
 ) -> Norm | None:
     """Add a product to the stream and ready the norm before `after`; return what is left of it.
 
-    Few rows of four bits do it themselves, if those after can do the rest.
+    In a chain few rows of four bits do it themselves, if those after can do the rest.
     """
-    if isinstance(w, PackedW4) and isinstance(after, PackedW4) and len(y) <= MOST_ROWS:
-        w4a16_matmul(y, w, chained=chained, add_to=stream)
+    both = isinstance(w, PackedW4) and isinstance(after, PackedW4)
+    if both and chained and len(y) <= MOST_ROWS:
+        w4a16_matmul(y, w, chained=True, add_to=stream)
         return Norm(stream.squares, EPS)
     add_norm(stream.h, product(y, w, chained), stream.weight, stream.x, chained)
     return None

@@ -110,8 +110,10 @@ def copy_of(cache):
     return cache._replace(pairs=cache.pairs.clone())
 
 
-def test_a_step_of_every_arm_is_that_of_torch(kernel_device):
+def test_a_step_of_every_arm_is_that_of_torch(kernel_device, monkeypatch):
     """Norms are random: one that a product leaves to the wrong one would show."""
+    if kernel_device.type == "cpu":  # which has no launches to chain, but the same products
+        monkeypatch.setattr(kernels, "_launch", lambda _: {"C": False, "launch_pdl": False})
     dtype = dtype_of(kernel_device)
     models = [in_dtype(model, dtype) for model in decode.build(TINY, kernel_device).values()]
     for context in (20, 200):
@@ -120,6 +122,6 @@ def test_a_step_of_every_arm_is_that_of_torch(kernel_device):
         tokens = torch.arange(3, device=kernel_device)
         for model in models:
             wanted = model.logits_by_torch(tokens, copy_of(cache)).double()
-            for chained in (False, True) if kernel_device.type == "cuda" else (False,):
+            for chained in (False, True):
                 found = model.logits(tokens, copy_of(cache), chained)
                 assert apart(found, wanted) < 3 * TOLERANCE[dtype]

@@ -116,7 +116,7 @@ def multiply_beside(
         check_apart(OWNER, x, norm, residual)
     if kernel and m and fits(x, weight):
         processors = processors_of(x.device)
-        # Any of its forms is faster than tiles, or the wide kernel, and kernels beside them.
+        # Any of its forms is faster than tiles, or the wide kernel, and torch beside them.
         if kernel_of(m, rows, processors, True) == "narrow":
             form, split = plan_narrow(m, rows, blocks, weight.group_size, processors, chained)
             y = launch_narrow(
