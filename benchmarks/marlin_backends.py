@@ -33,10 +33,12 @@ GROUP = 128
 Call = Callable[[Tensor], Any]
 
 
-def packed(n: int, k: int, device: torch.device | str = "cuda", seed: int = 0) -> PackedW4:
+def packed(
+    n: int, k: int, device: torch.device | str = "cuda", seed: int = 0, group: int = GROUP
+) -> PackedW4:
     generator = torch.Generator(device).manual_seed(seed)
     q = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=device, generator=generator)
-    scales = torch.rand(n, k // GROUP, device=device, generator=generator).mul_(0.01).add_(1e-3)
+    scales = torch.rand(n, k // group, device=device, generator=generator).mul_(0.01).add_(1e-3)
     return pack_w4(q, scales.half())
 
 

@@ -31,6 +31,7 @@ from batchery.cli import device_argument
 from batchery.compress.quant import dequantize, pack, quantize_rtn
 from batchery.kernels.w4a16 import Norm, Residual, w4a16_matmul
 from batchery.kernels.w4a16_layout import PackedW4
+from batchery.kernels.w4a16_plan import MOST_NARROW
 from batchery.studies.harness import environment
 
 BATCHES = (1, 8, 16, 32, 64, 128)
@@ -38,7 +39,6 @@ CONTEXTS = (64, 512)
 CHECKED = (64, 200)  # tokens in the cache when logits are compared, once in one part, once in some
 AIMS = {1: 2.3, 8: 2.3, 16: 2.3, 32: 1.8, 64: 1.3}  # of the specification: W4 over bfloat16
 ARMS = ("bfloat16", "W4", "W4 with its head")
-MOST_ROWS = 64  # that the kernel takes which adds to hidden states
 ALIKE = 0.02  # relative difference of logits that bfloat16 may make in two layers
 
 
@@ -92,7 +92,7 @@ def add_product(
     In a chain few rows of four bits do it themselves, if those after can do the rest.
     """
     both = isinstance(w, PackedW4) and isinstance(after, PackedW4)
-    if both and chained and len(y) <= MOST_ROWS:
+    if both and chained and len(y) <= MOST_NARROW:
         w4a16_matmul(y, w, chained=True, add_to=stream)
         return Norm(stream.squares, EPS)
     add_norm(stream.h, product(y, w, chained), stream.weight, stream.x, chained)

@@ -48,9 +48,27 @@ def test_an_invariant_plan_splits_alike_whatever_the_batch():
 def test_kernels_follow_one_another_as_rows_of_x_grow(rows, last):
     batches = [last[0], last[0] + 1, last[1], last[1] + 1]
     wanted = ["tiles", "narrow", "narrow", "wide"]
-    assert [kernel_of(batch, rows, 132, False) for batch in batches] == wanted
-    chained = [kernel_of(batch, rows, 132, True) for batch in (1, 64, 65)]
+    assert [kernel_of(batch, rows, 4096, 128, 132, False) for batch in batches] == wanted
+    chained = [kernel_of(batch, rows, 4096, 128, 132, True) for batch in (1, 64, 65)]
     assert chained == ["narrow", "narrow", "wide"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "wanted"),
+    [
+        (4096, 14336, ["tiles", "narrow", "narrow", "narrow", "wide"]),
+        (8192, 28672, ["tiles", "narrow", "narrow", "wide", "wide"]),
+        (28672, 4096, ["tiles", "narrow", "narrow", "wide", "wide"]),
+    ],
+)
+def test_small_groups_go_to_kernels_that_have_forms_for_them(rows, columns, wanted):
+    for group in (32, 64):
+        found = [kernel_of(m, rows, columns, group, 132, False) for m in (16, 17, 32, 33, 65)]
+        assert found == wanted
+        assert kernel_of(1, rows, columns, group, 132, True) == "narrow"
+        assert kernel_of(33, rows, columns, group, 132, True) == (
+            "wide" if rows * columns > 2**19 * 132 else "narrow"
+        )
 
 
 def test_a_tall_weight_is_not_split_and_its_tiles_are_at_work_at_once_where_they_can():

@@ -23,6 +23,7 @@ from batchery.kernels.w4a16_narrow import launch as launch_narrow
 from batchery.kernels.w4a16_plan import (
     INVARIANT_BATCH,
     MOST_BATCH,
+    MOST_NARROW,
     kernel_of,
     plan_narrow,
     plan_tiles,
@@ -80,7 +81,9 @@ def by_kernels(
     out = x.new_empty(shape) if out is None else out.view(shape)
     rows, (_, blocks, _, lanes) = weight.rows, weight.words.shape
     processors = processors_of(x.device)
-    kernel = "tiles" if invariant else kernel_of(m, rows, processors, chained)
+    kernel = "tiles"
+    if not invariant:
+        kernel = kernel_of(m, rows, x.shape[1], weight.group_size, processors, chained)
     if m and kernel != "tiles" and fits(x, weight):
         if kernel == "narrow":
             narrow, split = plan_narrow(m, rows, blocks, weight.group_size, processors, chained)
@@ -114,23 +117,22 @@ def multiply_beside(
     m, rows, blocks = len(x), weight.rows, weight.words.shape[1]
     if residual is not None:
         check_apart(OWNER, x, norm, residual)
-    if kernel and m and fits(x, weight):
-        processors = processors_of(x.device)
+    if kernel and 0 < m <= MOST_NARROW and fits(x, weight):
         # Any of its forms is faster than tiles, or the wide kernel, and torch beside them.
-        if kernel_of(m, rows, processors, True) == "narrow":
-            form, split = plan_narrow(m, rows, blocks, weight.group_size, processors, chained)
-            y = launch_narrow(
-                x,
-                weight,
-                form,
-                split,
-                bias=bias,
-                out=None if out is None else out.view(m, -1),
-                chained=chained,
-                norm_of=norm,
-                add_to=residual,
-            )
-            return y if residual is None else residual.h
+        processors = processors_of(x.device)
+        form, split = plan_narrow(m, rows, blocks, weight.group_size, processors, chained)
+        y = launch_narrow(
+            x,
+            weight,
+            form,
+            split,
+            bias=bias,
+            out=None if out is None else out.view(m, -1),
+            chained=chained,
+            norm_of=norm,
+            add_to=residual,
+        )
+        return y if residual is None else residual.h
     x = x if norm is None else norm_by_torch(x, norm)
     if kernel:
         y = by_kernels(x, weight, bias, out, False, chained)

@@ -21,6 +21,7 @@ __all__ = [
     "FORMS",
     "INVARIANT_BATCH",
     "MOST_BATCH",
+    "MOST_NARROW",
     "NARROW",
     "best_split",
     "kernel_of",
@@ -143,6 +144,8 @@ CHAINED: tuple[tuple[int, dict[Narrow, Price]], ...] = (
     NARROW[-1],
 )
 
+MOST_NARROW = NARROW[-1][0]  # rows of x that the kernel of few takes
+MANY_WEIGHTS = 2**19  # for a processor: above, W is large
 MOST_PARTS = 8  # that a tile is cut in evenly
 # In turns of the loop: what a tile loses at its ends, what adding up costs for each part of a tile,
 # and what stripes cost whose ends lie anywhere: their programs do not read the same rows in step.
@@ -160,25 +163,32 @@ FORMS = {
 
 @lru_cache(maxsize=4096)
 def kernel_of(
-    batch: int, rows: int, processors: int, chained: bool
+    batch: int, rows: int, columns: int, group: int, processors: int, chained: bool
 ) -> Literal["tiles", "narrow", "wide"]:
     """Choose the kernel where all can run: on Hopper, for rows of x at multiples of 16 bytes.
 
     By rows of x, in brackets where W is tall: tiles to 8 (16), then narrow to 64 (32), then wide.
-    Chained, narrow to 64. Elsewhere, and for `batch_invariant`, there are tiles alone.
+    Groups below 128 leave narrow no large forms: tiles to 16, and of a large W wide from 33 on.
+    Chained, narrow from one row on.
 
     Args:
         batch: rows of x.
         rows: rows of W, with padding.
+        columns: of W.
+        group: columns that share a scale.
         processors: of the device.
         chained: begin before the kernel before has ended, which the narrow one can.
     """
-    if chained and batch <= NARROW[-1][0]:
-        return "narrow"
     tall = rows // CHUNK > MANY_CHUNKS * processors
-    if batch <= (16 if tall else 8):
+    fine = group < 128
+    large = rows * columns > MANY_WEIGHTS * processors
+    if batch > MOST_NARROW or (batch > 32 and fine and large):
+        return "wide"
+    if chained:
+        return "narrow"
+    if batch <= (16 if tall or fine else 8):
         return "tiles"
-    return "wide" if batch > (32 if tall else 64) else "narrow"
+    return "wide" if batch > 32 and tall else "narrow"
 
 
 @lru_cache(maxsize=4096)
