@@ -85,6 +85,7 @@ class Machine:
 
     def __init__(self, late, chained):
         self.late, self.chained, self.has_x = late, chained, not chained
+        self.pending = []  # places that copies are under way to
 
     def copy(self, source, corner, barrier, place, wanted=True):
         beyond = corner[0] >= len(source.values)
@@ -92,6 +93,8 @@ class Machine:
         if not wanted:
             return
         assert barrier.announced
+        assert not any(np.shares_memory(place.places, other) for other in self.pending)
+        self.pending.append(place.places)
         barrier.late.append((source, corner, place))
         if not self.late:
             self.arrive(barrier)
@@ -102,6 +105,7 @@ class Machine:
             box = source.values[row : row + rows, column : column + columns]
             place.places[:] = 0
             place.places[: box.shape[0], : box.shape[1]] = box
+            self.pending = [other for other in self.pending if other is not place.places]
             barrier.bytes -= 2 * rows * columns
         barrier.late = []
         assert barrier.bytes >= 0

@@ -35,9 +35,10 @@ from batchery.kernels.w4a16_layout import PackedW4, weave
 from batchery.kernels.w4a16_ops import (
     OWNER,
     by_kernels,
-    multiply_beside,
+    filled_by_kernel,
+    multiply_normed,
     operation,
-    operation_beside,
+    operation_normed,
     w4a16_reference,
     woven_silu,
 )
@@ -80,13 +81,15 @@ def w4a16_matmul(
         batch_invariant: give each row the bits that it would have alone. CUDA only.
         chained: begin to read the weight before the kernel before has ended, and let the kernel
             after do so (programmatic dependent launch). No kernel of the chain so far may have
-            written the weight. It saves some tenth of a decoding step in a CUDA graph whose kernels
-            all do so, and costs time beside kernels that do not. No effect where the kernel for
-            few rows does not run: other devices than Hopper, more than 64 rows or rows that are
-            not at multiples of 16 bytes, `batch_invariant`.
+            written the weight. It saves a tenth of a decoding step and more in a CUDA graph whose
+            kernels all do so, and costs time beside kernels that do not. No effect where the
+            kernel for few rows does not run: other devices than Hopper, more than 64 rows (32 of
+            large weights with groups below 128) or rows that are not at multiples of 16 bytes,
+            `batch_invariant`.
         norm_of: what is left to be done of the RMS norm of x, where the product that made x had
-            `add_to`. On Hopper up to 64 rows take no kernel more for either, which pays in a chain;
-            out of one a norm in one kernel of its own is faster up to 8 rows. Without gradients.
+            `add_to`. For up to 64 rows on Hopper both are done inside the product's kernel, which
+            pays in a chain; out of one a norm in one kernel of its own is faster up to 8 rows. No
+            gradients.
         add_to: hidden states to which the result is added, in place. Its x and squares are filled
             for the product after, and must be others than those that this one reads.
         impl: "triton", "torch" (dequantises; on the CPU torch's four-bit matmul for bfloat16), or
@@ -138,18 +141,21 @@ def w4a16_matmul(
     kernel = by_triton(OWNER, x, impl)
     wants_grad = x.requires_grad or (bias is not None and bias.requires_grad)
     wants_grad = wants_grad and torch.is_grad_enabled()
-    beside = norm_of is not None or add_to is not None
-    if beside:
-        require(not batch_invariant, OWNER, "batch_invariant", "must be False here", True)
+    by_operation = kernel and torch.compiler.is_compiling()
+    if norm_of is not None or add_to is not None:
+        what = "must be False with norm_of or add_to"
+        require(not batch_invariant, OWNER, "batch_invariant", what, True)
         norm, residual = checked(OWNER, x, weight, bias, out, norm_of, add_to)
-        run = operation_beside if torch.compiler.is_compiling() else multiply_beside
-        y = run(rows, weight, bias, out, chained, kernel, norm, residual)
+        if by_operation:
+            y = operation_normed(rows, weight, bias, chained, norm, residual)
+        else:
+            y = multiply_normed(rows, weight, bias, out, chained, kernel, norm, residual)
     elif wants_grad:
         y = operation(rows, weight, bias, False, batch_invariant, chained, kernel)
         y = woven_silu(y) if weight.gated else y
     elif not kernel:
         y = w4a16_reference(rows, weight, bias)
-    elif torch.compiler.is_compiling():
+    elif by_operation:
         y = operation(rows, weight, bias, weight.gated, batch_invariant, chained, kernel)
     else:
         y = by_kernels(rows, weight, bias, out, batch_invariant, chained)
@@ -158,7 +164,10 @@ def w4a16_matmul(
     y = y if len(shape) == 2 else y.view(shape)
     if out is None:
         return y
-    return out if y.data_ptr() == out.data_ptr() else out.copy_(y)
+    if torch.compiler.is_compiling() or y.data_ptr() != out.data_ptr():
+        return out.copy_(y)
+    filled_by_kernel(out)
+    return out
 
 
 def check_arguments(

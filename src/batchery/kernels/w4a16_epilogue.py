@@ -19,6 +19,8 @@ program, as those of `w4a16_narrow` do (one that is no part of it does not begin
 output of the chain.
 """
 
+import itertools
+import math
 from typing import NamedTuple
 
 import torch
@@ -60,7 +62,7 @@ class Norm(NamedTuple):
 
     Attributes:
         squares: `Residual.squares` of these rows.
-        eps: added to the mean of squares.
+        eps: added to the mean of squares; kernels are compiled for each.
     """
 
     squares: Tensor
@@ -79,41 +81,58 @@ def checked(
     """Return both as of x `(M, K)`, or raise, naming the tensor that does not fit."""
     n, k = weight.shape
     lead = x.shape[:-1]
+    given: dict[str, Tensor | None] = {"x": x, "bias": bias}
 
     def dense(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         fits = t.shape == shape and t.dtype == dtype and t.device == x.device
         if not (fits and t.is_contiguous()):  # messages are made only when they are needed
             what = f"must be {tuple(shape)}, dense, {dtype} on {x.device}"
             require(False, owner, name, what, (tuple(t.shape), t.dtype, t.device))
+        given[name] = t
         return t.view(-1, shape[-1])
 
     if residual is not None:
-        h, gain, after, squares = residual
         require(not weight.gated, owner, "add_to", "takes no gated weight", weight.shape)
         require(out is None, owner, "out", "must be None with add_to", "a tensor")
         residual = Residual(
-            dense("add_to.h", h, (*lead, n), x.dtype),
-            dense("add_to.weight", gain, (n,), x.dtype).view(n),
-            dense("add_to.x", after, (*lead, n), x.dtype),
-            dense("add_to.squares", squares, (*lead, -(-n // CHUNK)), torch.float32),
+            dense("add_to.h", residual.h, (*lead, n), x.dtype),
+            dense("add_to.weight", residual.weight, (n,), x.dtype).view(n),
+            dense("add_to.x", residual.x, (*lead, n), x.dtype),
+            dense("add_to.squares", residual.squares, (*lead, -(-n // CHUNK)), torch.float32),
         )
     if norm is not None:
-        shape = (*lead, -(-k // CHUNK))
-        squares = dense("norm_of.squares", norm.squares, shape, torch.float32)
+        squares = dense("norm_of.squares", norm.squares, (*lead, -(-k // CHUNK)), torch.float32)
+        require(0 <= norm.eps < math.inf, owner, "norm_of.eps", "must be >= 0", norm.eps)
         norm = norm._replace(squares=squares)
-    given = (x, bias, *(residual or ()), None if norm is None else norm.squares)
-    wants_grad = any(t is not None and t.requires_grad for t in given)
-    wants_grad = wants_grad and torch.is_grad_enabled()
-    require(not wants_grad, owner, "norm_of or add_to", "gives no gradient", "one that wants it")
+    if torch.is_grad_enabled():
+        for name, t in given.items():
+            fits = t is None or not t.requires_grad
+            what = "gets no gradient with norm_of or add_to: use torch.no_grad()"
+            require(fits, owner, name, what, "requires_grad=True")
     return norm, residual
 
 
-def check_apart(owner: str, x: Tensor, norm: Norm | None, residual: Residual) -> None:
-    """Raise if what is filled lies where other states do."""
-    h, _, after, squares = residual
-    tensors = [x, h, after, squares] + ([] if norm is None else [norm.squares])
-    fits = not x.numel() or len({t.data_ptr() for t in tensors}) == len(tensors)
-    require(fits, owner, "add_to", "must be filled apart from what is read", "the same")
+def check_apart(
+    owner: str, x: Tensor, bias: Tensor | None, norm: Norm | None, residual: Residual
+) -> None:
+    """Raise if what is filled overlaps with anything else that is given."""
+    h, weight, after, squares = residual
+    read = [x, weight] + [t for t in (bias, norm and norm.squares) if t is not None]
+    if x.is_meta or not x.numel():
+        return
+    places = sorted(_span(t) for t in (h, after, squares))
+    places_read = [_span(t) for t in read]
+    fits = all(a[1] <= b[0] for a, b in itertools.pairwise(places)) and all(
+        end <= first or last <= begin for begin, end in places for first, last in places_read
+    )
+    require(fits, owner, "add_to", "must be filled apart from what is read", "an overlap")
+
+
+def _span(t: Tensor) -> tuple[int, int]:
+    """Return the addresses from which and up to which a tensor lies."""
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    begin = t.data_ptr()
+    return begin, begin + (last + 1) * t.element_size()
 
 
 def add_by_torch(y: Tensor, residual: Residual) -> Tensor:

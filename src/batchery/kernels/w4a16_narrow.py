@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Four-bit weights times few rows on Hopper, in an order that the source gives.
 
-When to use: some 9 to 64 rows of x, in a chain from one on (`w4a16_plan.kernel_of`). When not: more
-(`w4a16_wide`) or fewer (`w4a16_tiles` begins sooner); other processors than sm_90, or x whose rows
-are not aligned to 16 bytes: `w4a16_wide.fits` says.
+When to use: some 9 to 64 rows of x (`w4a16_plan.kernel_of`), from one on in a chain or with norms.
+When not: more (`w4a16_wide`) or fewer (`w4a16_tiles` begins sooner); other processors than sm_90,
+or x whose rows are not aligned to 16 bytes: `w4a16_wide.fits` says.
 
     yᵀ[N, M] = Σ_g s_g · Σ_i (q_i - z_g) · x_iᵀ     over slices i of J columns, nibbles of a block
 
@@ -74,7 +74,7 @@ def launch(
         chained: read the weight before the kernel before this one has ended, and let the one after
             begin; see `w4a16_matmul`.
         norm_of: what is left to do of the norm of x.
-        add_to: to which the result is added; its x is returned.
+        add_to: to which the result is added; its h is returned.
     """
     (m, k), (n, _) = x.shape, weight.shape
     _, blocks, _, lanes = weight.words.shape
@@ -118,7 +118,7 @@ def launch(
         known = runners if whole and aligned(weight, x, out, bias) else {}
         key = (x.get_device(), *kinds, *numbers)
         run(_narrow, known, key, tiles * split, arguments, options)
-    return out
+    return out if add_to is None else add_to.h
 
 
 @cache

@@ -36,9 +36,10 @@ from batchery.kernels.w4a16_wide import launch as launch_wide
 
 __all__ = [
     "by_kernels",
-    "multiply_beside",
+    "filled_by_kernel",
+    "multiply_normed",
     "operation",
-    "operation_beside",
+    "operation_normed",
     "w4a16_reference",
     "woven_silu",
 ]
@@ -86,8 +87,7 @@ def by_kernels(
         kernel = kernel_of(m, rows, x.shape[1], weight.group_size, processors, chained)
     if m and kernel != "tiles" and fits(x, weight):
         if kernel == "narrow":
-            narrow, split = plan_narrow(m, rows, blocks, weight.group_size, processors, chained)
-            return launch_narrow(x, weight, narrow, split, bias=bias, out=out, chained=chained)
+            return _by_narrow(x, weight, bias, out, chained, None, None)
         wide, share = plan_wide(m, rows, blocks, processors)
         return launch_wide(x, weight, wide, share, bias=bias, out=out)
     if m > MOST_BATCH and not invariant:
@@ -103,7 +103,25 @@ def by_kernels(
     return out
 
 
-def multiply_beside(
+def _by_narrow(
+    x: Tensor,
+    weight: PackedW4,
+    bias: Tensor | None,
+    out: Tensor | None,
+    chained: bool,
+    norm: Norm | None,
+    residual: Residual | None,
+) -> Tensor:
+    """Run the kernel for few rows in the form that is planned."""
+    m, group, blocks = len(x), weight.group_size, weight.words.shape[1]
+    form, split = plan_narrow(m, weight.rows, blocks, group, processors_of(x.device), chained)
+    return launch_narrow(
+        x, weight, form, split,
+        bias=bias, out=out, chained=chained, norm_of=norm, add_to=residual,
+    )  # fmt: skip
+
+
+def multiply_normed(
     x: Tensor,
     weight: PackedW4,
     bias: Tensor | None,
@@ -113,26 +131,15 @@ def multiply_beside(
     norm: Norm | None,
     residual: Residual | None,
 ) -> Tensor:
-    """Multiply x `(M, K)` with what stands beside: in one kernel where there is one."""
-    m, rows, blocks = len(x), weight.rows, weight.words.shape[1]
-    if residual is not None:
-        check_apart(OWNER, x, norm, residual)
-    if kernel and 0 < m <= MOST_NARROW and fits(x, weight):
-        # Any of its forms is faster than tiles, or the wide kernel, and torch beside them.
-        processors = processors_of(x.device)
-        form, split = plan_narrow(m, rows, blocks, weight.group_size, processors, chained)
-        y = launch_narrow(
-            x,
-            weight,
-            form,
-            split,
-            bias=bias,
-            out=None if out is None else out.view(m, -1),
-            chained=chained,
-            norm_of=norm,
-            add_to=residual,
-        )
-        return y if residual is None else residual.h
+    """Multiply x `(M, K)`, finish its norm, add to hidden states; in one kernel up to 64 rows."""
+    if residual is not None and not torch.compiler.is_compiling():
+        check_apart(OWNER, x, bias, norm, residual)
+    if kernel and 0 < len(x) <= MOST_NARROW and fits(x, weight):
+        out = None if out is None else out.view(len(x), -1)
+        y = _by_narrow(x, weight, bias, out, chained, norm, residual)
+        if residual is not None:
+            filled_by_kernel(residual.h, residual.x, residual.squares)
+        return y
     x = x if norm is None else norm_by_torch(x, norm)
     if kernel:
         y = by_kernels(x, weight, bias, out, False, chained)
@@ -141,19 +148,24 @@ def multiply_beside(
     return y if residual is None else add_by_torch(y, residual)
 
 
-def operation_beside(
+def filled_by_kernel(*tensors: Tensor) -> None:
+    """Tell autograd, which may have saved them, that tensors have changed."""
+    for tensor in tensors:
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
+
+
+def operation_normed(
     x: Tensor,
     weight: PackedW4,
     bias: Tensor | None,
-    _: Tensor | None,
     chained: bool,
-    kernel: bool,
     norm: Norm | None,
     residual: Residual | None,
 ) -> Tensor:
-    """`multiply_beside` as operations; `out` is left to the caller."""
+    """`multiply_normed` by kernels, as operations."""
     tensors = (weight.words, weight.scales, weight.zeros, weight.counters)
-    rest = (bias, *weight.shape, weight.group_size, weight.gated, chained, kernel)
+    rest = (bias, *weight.shape, weight.group_size, weight.gated, chained)
     before = (None, 0.0) if norm is None else norm
     if residual is not None:
         _adding_op(x, *tensors, *rest, *before, *residual)
@@ -236,13 +248,12 @@ def _normed_op(
     group_size: int,
     gated: bool,
     chained: bool,
-    kernel: bool,
     x_squares: Tensor,
     eps: float,
 ) -> Tensor:
     """The product of rows whose norm is not done, as torch.compile sees it."""
     weight = PackedW4(words, scales, zeros, counters, None, (n, k), group_size, gated)
-    return multiply_beside(x, weight, bias, None, chained, kernel, Norm(x_squares, eps), None)
+    return multiply_normed(x, weight, bias, None, chained, x.is_cuda, Norm(x_squares, eps), None)
 
 
 @_normed_op.register_fake
@@ -265,7 +276,6 @@ def _adding_op(
     group_size: int,
     gated: bool,
     chained: bool,
-    kernel: bool,
     x_squares: Tensor | None,
     eps: float,
     h: Tensor,
@@ -276,6 +286,5 @@ def _adding_op(
     """A product that is added to h, as torch.compile sees it."""
     weight = PackedW4(words, scales, zeros, counters, None, (n, k), group_size, gated)
     norm = None if x_squares is None else Norm(x_squares, eps)
-    multiply_beside(
-        x, weight, bias, None, chained, kernel, norm, Residual(h, gain, after, h_squares)
-    )
+    residual = Residual(h, gain, after, h_squares)
+    multiply_normed(x, weight, bias, None, chained, x.is_cuda, norm, residual)

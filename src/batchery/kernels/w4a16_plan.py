@@ -169,7 +169,7 @@ def kernel_of(
 
     By rows of x, in brackets where W is tall: tiles to 8 (16), then narrow to 64 (32), then wide.
     Groups below 128 leave narrow no large forms: tiles to 16, and of a large W wide from 33 on.
-    Chained, narrow from one row on.
+    Chained, narrow from one row on. Norms within products are narrow's, and do not go by this.
 
     Args:
         batch: rows of x.
