@@ -3,7 +3,8 @@
 
 Norms, rotation and attention, the choice of a token: kernels of a few microseconds each. With
 `chained` each begins while the one before it ends, reads what no kernel of this step writes, and
-waits; see `w4a16_matmul`. All arms of the benchmark take them.
+waits; see `w4a16_matmul`. All arms of the benchmark take them, but for norms and silu(gate)·up that
+four-bit products do themselves.
 """
 
 from functools import cache
@@ -62,9 +63,9 @@ if triton is not None:
         return (first * c - second * s).to(D), (second * c + first * s).to(D)
 
     @triton.jit
-    def _block(keys, values, row, T, HEAD: tl.constexpr):
-        """Load keys, in halves, and values of a block of tokens."""
-        inside = (row < T)[:, None]
+    def _block(keys, values, row, old, HEAD: tl.constexpr):
+        """Load keys, in halves, and values of the old tokens of a block."""
+        inside = old[:, None]
         side, whole = tl.arange(0, HEAD // 2), tl.arange(0, HEAD)
         where = keys + row[:, None] * HEAD + side[None, :]
         first = tl.load(where, mask=inside, other=0.0)
@@ -143,7 +144,8 @@ if triton is not None:
             first = part * size
             end = tl.minimum(first + size, T)
         row = first + tl.arange(0, BT)
-        k1, k2, v = _block(keys, values, row, T, HEAD)  # older tokens are no output of this step
+        old = (row < T) & (row != at)
+        k1, k2, v = _block(keys, values, row, old, HEAD)  # older ones are no output of this step
         if C:
             gdc_wait()
         line = heads + sequence * ((SHARE + 2) * KV * HEAD)
@@ -170,13 +172,12 @@ if triton is not None:
         top = tl.where(part == 0, tl.sum(both, 1) * SCALE, -1e30)
         total = tl.full([ROWS], 1.0, tl.float32)
         acc = tl.zeros([ROWS, HEAD], tl.float32) + new.to(tl.float32)[None, :]
-        old = (row < T) & (row != at)
         top, total, acc = _turn(q1, q2, k1, k2, v, old, top, total, acc, SCALE)
         if TURNS:
             for begin in tl.range(first + BT, end, BT, num_stages=2):
                 rows = begin + tl.arange(0, BT)
-                k1, k2, v = _block(keys, values, rows, T, HEAD)
                 old = (rows < T) & (rows != at)
+                k1, k2, v = _block(keys, values, rows, old, HEAD)
                 top, total, acc = _turn(q1, q2, k1, k2, v, old, top, total, acc, SCALE)
         where = out + sequence * (SHARE * KV * HEAD)
         where += (kv * SHARE + query)[:, None] * HEAD + whole[None, :]

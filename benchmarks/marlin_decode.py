@@ -3,22 +3,22 @@
 
 One step for a batch of sequences that each have a full cache of keys and values: everything that a
 decoder does, in one CUDA graph. All arms hold the same numbers, the dense one those of the four-bit
-weights, and take the same kernels beside their products (`decode_kernels.py`); each the faster of
-chaining its kernels or not. Products of cuBLAS take no part in a chain. Those of four bits do, and
-then do the norms that stand between two of them; what a chain makes is printed. Embedding and head
-stay in bfloat16, but for an arm that has the head in 4 bits too. Before anything is timed the
-logits of all after two layers are compared with a step in torch's operations (after 32 random ones
-what bfloat16 rounds has grown).
+weights, and take the same kernels beside their products (`decode_kernels.py`), but for what
+four-bit products do themselves: silu(gate)·up, and in one of three ways the norms between two of
+them. Each arm has the fastest of its ways; all are printed or kept. Products of cuBLAS take no part
+in a chain. Embedding and head stay in bfloat16, but for an arm that has the head in 4 bits too.
+
+Before anything is timed, what is timed is compared, over two layers (after 32 random ones what
+bfloat16 rounds has grown), with a step in torch's operations: logits, cache and tokens.
 """
 
 import argparse
 import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,10 +36,9 @@ from batchery.studies.harness import environment
 
 BATCHES = (1, 8, 16, 32, 64, 128)
 CONTEXTS = (64, 512)
-CHECKED = (64, 200)  # tokens in the cache when logits are compared, once in one part, once in some
 AIMS = {1: 2.3, 8: 2.3, 16: 2.3, 32: 1.8, 64: 1.3}  # of the specification: W4 over bfloat16
 ARMS = ("bfloat16", "W4", "W4 with its head")
-ALIKE = 0.02  # relative difference of logits that bfloat16 may make in two layers
+ALIKE = 0.02  # relative difference that bfloat16 may make in two layers
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,20 @@ class Size:
 
 SIZES = {"8B": Size(), "tiny": Size(2, 256, 4, 2, 64, 512, 1000)}
 Weight = Tensor | PackedW4
+
+
+class Way(NamedTuple):
+    """How a step is launched: are kernels chained, and do four-bit products take the norms?"""
+
+    chained: bool
+    norms: bool
+
+
+WAYS = {
+    "chained": Way(True, True),
+    "chained, norms apart": Way(True, False),
+    "apart": Way(False, False),
+}
 
 
 class Layer(NamedTuple):
@@ -84,18 +97,16 @@ def product(x: Tensor, w: Weight, chained: bool = False, norm: Norm | None = Non
     return F.linear(x, w)
 
 
-def add_product(
-    y: Tensor, w: Weight, stream: Residual, chained: bool, after: Weight
-) -> Norm | None:
+def add_product(y: Tensor, w: Weight, stream: Residual, way: Way, after: Weight) -> Norm | None:
     """Add a product to the stream and ready the norm before `after`; return what is left of it.
 
-    In a chain few rows of four bits do it themselves, if those after can do the rest.
+    Few rows of four bits do it themselves, if those after can do the rest.
     """
     both = isinstance(w, PackedW4) and isinstance(after, PackedW4)
-    if both and chained and len(y) <= MOST_NARROW:
-        w4a16_matmul(y, w, chained=True, add_to=stream)
+    if both and way.norms and len(y) <= MOST_NARROW:
+        w4a16_matmul(y, w, chained=way.chained, add_to=stream)
         return Norm(stream.squares, EPS)
-    add_norm(stream.h, product(y, w, chained), stream.weight, stream.x, chained)
+    add_norm(stream.h, product(y, w, way.chained), stream.weight, stream.x, way.chained)
     return None
 
 
@@ -138,8 +149,9 @@ class Model:
             h = layer_by_torch(h, layer, pairs, cache.place, cache.turn)
         return product(F.rms_norm(h, h.shape[-1:], self.norm, EPS), self.head)
 
-    def logits(self, tokens: Tensor, cache: Cache, chained: bool) -> Tensor:
+    def logits(self, tokens: Tensor, cache: Cache, way: Way) -> Tensor:
         """The same by kernels; what a layer adds to its input is added with the next norm."""
+        chained = way.chained
         h = self.embedding[tokens]
         y, norm = torch.empty_like(h), None
         stream = Residual.of(h, self.layers[0].norms[0])
@@ -150,13 +162,13 @@ class Model:
             heads = product(stream.x, layer.qkv, chained, norm)
             attend(heads, pairs, cache.turn, cache.place, y, chained)
             stream = stream._replace(weight=layer.norms[1])
-            norm = add_product(y, layer.out, stream, chained, layer.gate_up)
+            norm = add_product(y, layer.out, stream, way, layer.gate_up)
             z = product(stream.x, layer.gate_up, chained, norm)
             if not isinstance(layer.gate_up, PackedW4):
                 both, z = z, z.new_empty(len(z), z.shape[1] // 2)
                 join(both, z, chained)
             stream = stream._replace(weight=last)
-            norm = add_product(z, layer.down, stream, chained, after)
+            norm = add_product(z, layer.down, stream, way, after)
         return product(stream.x, self.head, chained, norm)
 
 
@@ -222,16 +234,14 @@ def captured(step: Callable[[], Tensor | None]) -> tuple[torch.cuda.CUDAGraph, A
     return graph, found
 
 
-def seconds_per_step(
-    model: Model, tokens: Tensor, cache: Cache, chained: bool, steps: int
-) -> float:
+def seconds_per_step(model: Model, tokens: Tensor, cache: Cache, way: Way, steps: int) -> float:
     """Best of three times of a step that chooses the next tokens, in a graph on CUDA."""
     if not tokens.is_cuda:
         begin = time.perf_counter()
         for _ in range(steps):
             tokens.copy_(model.logits_by_torch(tokens, cache).argmax(-1))
         return (time.perf_counter() - begin) / steps
-    graph, _ = captured(lambda: choose(model.logits(tokens, cache, chained), tokens, chained))
+    graph, _ = captured(lambda: choose(model.logits(tokens, cache, way), tokens, way.chained))
     times = []
     for _ in range(4):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -246,35 +256,65 @@ def seconds_per_step(
 
 @torch.no_grad()
 def differences(
-    models: dict[str, Model], size: Size, batches: Sequence[int], device: torch.device
+    models: dict[str, Model],
+    size: Size,
+    sizes: Iterable[tuple[int, int]],
+    device: torch.device,
 ) -> dict[str, float]:
     """How far at most the arms' logits after two layers are from those of torch's operations.
 
-    On CUDA they come from graphs, as what is timed does.
+    On CUDA they come from graphs, as what is timed does; so does what is added to the cache, which
+    counts like logits, and the tokens, which must be those of the largest logits.
+
+    Args:
+        models: the arms.
+        size: of the models.
+        sizes: of batches and contexts.
+        device: of the models.
     """
     found = dict.fromkeys(models, 0.0)
     two = {
         name: Model(model.layers[:2], model.embedding, model.norm, model.head)
         for name, model in models.items()
     }
-    ways = (False, True) if device.type == "cuda" else ()
-    for batch, context in itertools.product(batches, CHECKED):
+    for batch, context in sizes:
         tokens = torch.arange(batch, device=device)
         cache = new_cache(replace(size, layers=2), batch, context, device)
         own = cache._replace(pairs=cache.pairs.clone())
-        wanted = two["bfloat16"].logits_by_torch(tokens, own).float()
+        wanted = two["bfloat16"].logits_by_torch(tokens, own)
+        added = own.pairs[..., context - 1, :].clone()
         for name, model in two.items():
-            logits = [] if ways else [model.logits_by_torch(tokens, own)]
-            for chained in ways:
-                graph, y = captured(partial(model.logits, tokens, own, chained))
+            if device.type != "cuda":
+                y = model.logits_by_torch(tokens, cache)
+                found[name] = _largest(found[name], _apart(y, wanted))
+                continue
+            for way in WAYS.values():
+                own.pairs.copy_(cache.pairs)
+                chosen = torch.full_like(tokens, -1)
+
+                def step(model=model, way=way, tokens=tokens, own=own, chosen=chosen):  # type: ignore[no-untyped-def]
+                    y = model.logits(tokens, own, way)
+                    choose(y, chosen, way.chained)
+                    return y
+
+                graph, y = captured(step)
                 own.pairs.copy_(cache.pairs)
                 y.fill_(torch.nan)
                 graph.replay()
-                logits.append(y)
-            # A tensor's maximum, which NaN is where there is one.
-            apart = torch.stack([(y.float() - wanted).norm() for y in logits]).max()
-            found[name] = float(torch.maximum(apart / wanted.norm(), torch.tensor(found[name])))
+                if not torch.equal(chosen, y.argmax(-1)):
+                    raise RuntimeError("the tokens chosen are not those of the largest logits")
+                new = own.pairs[..., context - 1, :]
+                found[name] = _largest(found[name], _apart(y, wanted), _apart(new, added))
     return found
+
+
+def _apart(found: Tensor, wanted: Tensor) -> float:
+    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+def _largest(*values: float) -> float:
+    """Return the largest, or NaN where there is one."""
+    return float(torch.tensor(values).max())
 
 
 @torch.no_grad()
@@ -286,10 +326,10 @@ def compare(
     tokens = torch.arange(batch, device=device)
     found: dict[str, Any] = {"batch": batch, "context": context, "ms": {}, "tokens_per_s": {}}
     for name, model in models.items():
-        ways = {"chained": True, "apart": False} if tokens.is_cuda else {"apart": False}
+        names = list(WAYS) if tokens.is_cuda and name != "bfloat16" else ["chained", "apart"]
         times = {
-            way: seconds_per_step(model, tokens.clone(), cache, chained, steps)
-            for way, chained in ways.items()
+            way: seconds_per_step(model, tokens.clone(), cache, WAYS[way], steps)
+            for way in (names if tokens.is_cuda else ["apart"])
         }
         found["ms"][name] = {way: 1e3 * seconds for way, seconds in times.items()}
         found["tokens_per_s"][name] = batch / min(times.values())
@@ -325,9 +365,10 @@ def main() -> None:
     found["device"] = torch.cuda.get_device_name() if on_cuda else "CPU"
     models = build(size, device)
     found["size"] = asdict(size)
-    found["logits_differ_by"] = differences(models, size, options.batches, device)
-    print("logits differ by", ", ".join(f"{d:.4f}" for d in found["logits_differ_by"].values()))
-    if not all(difference < ALIKE for difference in found["logits_differ_by"].values()):
+    sizes = itertools.product(options.batches, options.contexts)
+    found["differ_by"] = differences(models, size, sizes, device)
+    print("logits and cache differ by", ", ".join(f"{d:.4f}" for d in found["differ_by"].values()))
+    if not all(difference < ALIKE for difference in found["differ_by"].values()):
         raise RuntimeError("the arms do not compute the same")
     found["steps"] = [
         compare(models, size, batch, context, options.steps, device)
