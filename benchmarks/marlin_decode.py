@@ -254,6 +254,27 @@ def seconds_per_step(model: Model, tokens: Tensor, cache: Cache, way: Way, steps
     return min(times[1:])
 
 
+def replayed(model: Model, tokens: Tensor, cache: Cache, way: Way) -> tuple[Tensor, Tensor]:
+    """Return logits and new keys and values of a step as it is timed, from a graph on CUDA."""
+    own = cache._replace(pairs=cache.pairs.clone())
+    if not tokens.is_cuda:
+        return model.logits_by_torch(tokens, own), own.pairs[..., own.place, :]
+    chosen = torch.full_like(tokens, -1)
+
+    def step() -> Tensor:
+        y = model.logits(tokens, own, way)
+        choose(y, chosen, way.chained)
+        return y
+
+    graph, y = captured(step)
+    own.pairs.copy_(cache.pairs)
+    y.fill_(torch.nan)
+    graph.replay()
+    if not torch.equal(chosen, y.argmax(-1)):
+        raise RuntimeError("the tokens chosen are not those of the largest logits")
+    return y, own.pairs[..., own.place, :]
+
+
 @torch.no_grad()
 def differences(
     models: dict[str, Model],
@@ -261,10 +282,7 @@ def differences(
     sizes: Iterable[tuple[int, int]],
     device: torch.device,
 ) -> dict[str, float]:
-    """How far at most the arms' logits after two layers are from those of torch's operations.
-
-    On CUDA they come from graphs, as what is timed does; so does what is added to the cache, which
-    counts like logits, and the tokens, which must be those of the largest logits.
+    """How far at most the arms are from torch's operations after two layers, by `replayed`.
 
     Args:
         models: the arms.
@@ -281,30 +299,11 @@ def differences(
         tokens = torch.arange(batch, device=device)
         cache = new_cache(replace(size, layers=2), batch, context, device)
         own = cache._replace(pairs=cache.pairs.clone())
-        wanted = two["bfloat16"].logits_by_torch(tokens, own)
-        added = own.pairs[..., context - 1, :].clone()
+        wanted = two["bfloat16"].logits_by_torch(tokens, own), own.pairs[..., own.place, :]
         for name, model in two.items():
-            if device.type != "cuda":
-                y = model.logits_by_torch(tokens, cache)
-                found[name] = _largest(found[name], _apart(y, wanted))
-                continue
-            for way in WAYS.values():
-                own.pairs.copy_(cache.pairs)
-                chosen = torch.full_like(tokens, -1)
-
-                def step(model=model, way=way, tokens=tokens, own=own, chosen=chosen):  # type: ignore[no-untyped-def]
-                    y = model.logits(tokens, own, way)
-                    choose(y, chosen, way.chained)
-                    return y
-
-                graph, y = captured(step)
-                own.pairs.copy_(cache.pairs)
-                y.fill_(torch.nan)
-                graph.replay()
-                if not torch.equal(chosen, y.argmax(-1)):
-                    raise RuntimeError("the tokens chosen are not those of the largest logits")
-                new = own.pairs[..., context - 1, :]
-                found[name] = _largest(found[name], _apart(y, wanted), _apart(new, added))
+            for way in WAYS.values() if tokens.is_cuda else (WAYS["apart"],):
+                apart = map(_apart, replayed(model, tokens, cache, way), wanted)
+                found[name] = _largest(found[name], *apart)
     return found
 
 
