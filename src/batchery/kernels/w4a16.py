@@ -28,7 +28,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from batchery._core.validate import one_of, require
+from batchery._core.validate import one_of, require, require_type
 from batchery.kernels.multi_tensor import triton
 from batchery.kernels.w4a16_epilogue import Norm, Residual, checked
 from batchery.kernels.w4a16_layout import PackedW4, weave
@@ -101,6 +101,7 @@ def w4a16_matmul(
 
     Raises:
         ValueError: a shape, dtype or device that does not fit.
+        TypeError: the weight is none of `pack_w4`.
         RuntimeError: `impl="triton"` where the kernels cannot run.
 
     Examples:
@@ -119,6 +120,9 @@ def w4a16_matmul(
         >>> w4a16_matmul(r.x, after, norm_of=Norm(r.squares, eps=0.0))
         tensor([[-1.3054]])
     """
+    if not isinstance(weight, PackedW4):
+        what = "must be a PackedW4, such as `QuantLinear.packed`"
+        require_type(False, OWNER, "weight", what, weight)
     n, k = weight.shape
     fits = (
         x.dim() > 0

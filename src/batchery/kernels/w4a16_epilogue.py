@@ -42,6 +42,11 @@ class Residual(NamedTuple):
         weight: `(N,)`, of the next norm.
         x: `(..., N)`, filled with h · weight.
         squares: float32 `(..., ceil(N / 64))`, filled with sums of h² over 64 columns each.
+
+    Examples:
+        >>> r = Residual.of(torch.ones(3, 130), weight=torch.ones(130))
+        >>> r.squares.shape
+        torch.Size([3, 3])
     """
 
     h: Tensor
@@ -63,6 +68,10 @@ class Norm(NamedTuple):
     Attributes:
         squares: `Residual.squares` of these rows.
         eps: added to the mean of squares; kernels are compiled for each.
+
+    Examples:
+        >>> norm_by_torch(torch.tensor([[3.0, 4.0]]), Norm(torch.tensor([[25.0]]), eps=0.0))
+        tensor([[0.8485, 1.1314]])
     """
 
     squares: Tensor

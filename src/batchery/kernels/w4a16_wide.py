@@ -2,8 +2,9 @@
 """Four-bit weights times many rows on Hopper: programs whose warps have different trades.
 
 When to use: many rows of x, where the matrix units and not memory are the limit, from 65 on, or 33
-for tall weights (`w4a16_plan.kernel_of`). When not: fewer (`w4a16_narrow` reads W faster); other
-processors than sm_90; x whose rows are not aligned to 16 bytes. `fits` says.
+for tall weights and large ones with groups below 128 (`w4a16_plan.kernel_of`). When not: fewer
+(`w4a16_narrow` reads W faster); other processors than sm_90; x whose rows are not aligned to 16
+bytes. `fits` says.
 
     yᵀ[N, M] = Σ_i w_i · x_iᵀ     over slices of J columns: one nibble of a block of words
     w_i = s·(q_i - z)             in registers, in x's dtype

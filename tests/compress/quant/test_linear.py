@@ -12,7 +12,13 @@ from dist_ranks import run_on_ranks
 from four_bits import draw, inputs, train
 from torch import nn
 
-from batchery.compress.quant import QuantLinear, dequantize, lora_for_quantized
+from batchery.compress.quant import (
+    QuantLinear,
+    dequantize,
+    lora_for_quantized,
+    slice_inputs,
+    slice_outputs,
+)
 from batchery.compress.quant.formats import pack_awq, pack_gptq
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -406,6 +412,26 @@ def test_data_parallel_training_around_it_is_as_on_one_process():
             assert torch.equal(q, alone.middle.quantized_weight().q)
             for name, parameter in alone.named_parameters():
                 torch.testing.assert_close(named[name], parameter.detach(), rtol=1e-5, atol=1e-6)
+
+
+def _tensor_parallel(rank, size):
+    up, down = draw(64, 128, 32, True, True), draw(40, 64, 32, True)
+    begin, end = (64 // size * r for r in (rank, rank + 1))
+    column = QuantLinear.from_quantized(slice_outputs(up, begin, end))
+    row = QuantLinear.from_quantized(slice_inputs(down, begin, end))
+    y = row(F.silu(column(inputs(5, 128))))
+    torch.distributed.all_reduce(y)
+    return y
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_layer_cut_by_outputs_and_one_cut_by_inputs_are_whole_on_two_ranks():
+    up, down = draw(64, 128, 32, True, True), draw(40, 64, 32, True)
+    w, v = dequantize(up, torch.float64), dequantize(down, torch.float64)
+    wanted = F.silu(inputs(5, 128).double() @ w.T) @ v.T
+    for found in run_on_ranks(_tensor_parallel):
+        assert_near(found, wanted, TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize(("sizes", "argument"), [((0, 5), "in"), ((5, 0), "out"), ((5, -2), "out")])
