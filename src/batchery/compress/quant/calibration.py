@@ -123,7 +123,14 @@ def _check_ids(owner: str, argument: str, ids: Any) -> None:
 
 
 def digest_of(calls: Sequence[Call]) -> str:
-    """Return a hash of all tensors in some calls."""
+    """Return a hash of all tensors in some calls.
+
+    Examples:
+        >>> ids = torch.arange(6).view(2, 3)
+        >>> one, same, other = (digest_of([((x,), {})]) for x in (ids, ids.clone(), ids + 1))
+        >>> len(one), one == same, one == other
+        (64, True, False)
+    """
     named: list[tuple[str, Any]] = []
     for positional, keywords in calls:
         named += [(str(place), value) for place, value in enumerate(positional)]
@@ -133,7 +140,13 @@ def digest_of(calls: Sequence[Call]) -> str:
 
 @dataclass(frozen=True)
 class BlockCall:
-    """What a block is given beside hidden states."""
+    """What a block is given beside hidden states.
+
+    Examples:
+        >>> call = BlockCall((), {"scale": 3.0}, by_keyword=False)
+        >>> call(lambda hidden, scale: (hidden * scale, "attention"), torch.ones(2))
+        tensor([3., 3.])
+    """
 
     positional: tuple[Any, ...]
     keywords: dict[str, Any]
@@ -168,6 +181,13 @@ def catch_inputs(
     Raises:
         RuntimeError: the model does not call its blocks one after another, calls them again, or
             changes hidden states between them.
+
+    Examples:
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+        >>> states, caught = catch_inputs("me", model, [*model[1:]], cut_padding("me", ids))
+        >>> torch.equal(states[0], model[0](ids)), [len(calls) for calls in caught]
+        (True, [1, 1])
     """
     device = next(model.parameters()).device
     states: list[Tensor] = []
@@ -239,6 +259,16 @@ class InputWatch(TorchFunctionMode):
     It sees products by `torch.nn.functional.linear`, `x @ weight.T` and `torch.addmm`, whatever
     module makes them, and those by `torch.bmm` of stacked experts that are each given all tokens,
     zeros for those of others.
+
+    Examples:
+        >>> linear = nn.Linear(4, 2)
+        >>> watch = InputWatch([Target("linear", linear.weight, None)])
+        >>> for _ in range(2):
+        ...     watch.begin()
+        ...     with watch:
+        ...         y = linear(torch.ones(3, 4))
+        >>> watch.seen("linear").tokens, watch.seen("other")
+        (6, None)
     """
 
     def __init__(self, targets: Sequence[Target]) -> None:
@@ -301,7 +331,16 @@ class InputWatch(TorchFunctionMode):
 
 @contextlib.contextmanager
 def ready_to_watch(model: nn.Module) -> Iterator[None]:
-    """Evaluate without cache, and let experts multiply one by one; then restore all that."""
+    """Evaluate without cache, and let experts multiply one by one; then restore all that.
+
+    Examples:
+        >>> model = nn.Dropout()
+        >>> with ready_to_watch(model):
+        ...     model.training
+        False
+        >>> model.training
+        True
+    """
     training = {module: module.training for module in model.modules()}
     config = getattr(model, "config", None)
     cache = getattr(config, "use_cache", None)

@@ -174,12 +174,21 @@ def save_quantized(
         shard_bytes: size above which the weights are cut into several files.
 
     Returns:
-        The folder; `load_quantized` shows one.
+        The folder.
 
     Raises:
         ValueError: the format cannot hold a layer, layers differ in what one config must say, a
             layer stands at two places, the path is a file's, or shard_bytes is below 1.
         TypeError: an argument is of another kind.
+
+    Examples:
+        >>> import tempfile
+        >>> from batchery.compress.quant.rtn import quantize_rtn
+        >>> layer = QuantLinear.from_quantized(quantize_rtn(torch.ones(8, 32), group_size=32))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = save_quantized(nn.Sequential(layer), folder)
+        ...     sorted(file.name for file in path.iterdir())
+        ['config.json', 'model.safetensors']
     """
     owner, path = "save_quantized", Path(path)
     require_type(isinstance(model, nn.Module), owner, "model", "must be a module", model)
@@ -229,7 +238,14 @@ def described(model: nn.Module, format: Format) -> tuple[Scheme, dict[str, Any]]
 
 
 def quantized_state_dict(model: nn.Module, scheme: Scheme) -> dict[str, Tensor]:
-    """Return a model's state with quantised layers in a checkpoint's format, tied tensors once."""
+    """Return a model's state with quantised layers in a checkpoint's format, tied tensors once.
+
+    Examples:
+        >>> from batchery.compress.quant.rtn import quantize_rtn
+        >>> layer = QuantLinear.from_quantized(quantize_rtn(torch.ones(8, 32), group_size=32))
+        >>> sorted(quantized_state_dict(nn.Sequential(layer), Scheme("awq")))
+        ['0.qweight', '0.qzeros', '0.scales']
+    """
     layers = dict(quant_layers(model))
     fused = [name for name, layer in layers.items() if layer.gated]
     rule = "must not be fused: formats have gate and up apart; save before fuse_mlps"

@@ -19,16 +19,34 @@ __all__ = ["TransposedLinear", "as_conv1d", "as_linear", "is_conv1d", "linear_we
 
 
 class TransposedLinear(nn.Linear):
-    """An `nn.Linear` that stands for a `Conv1D` and shares its parameters; see `as_linear`."""
+    """An `nn.Linear` that stands for a `Conv1D` and shares its parameters; see `as_linear`.
+
+    Examples:
+        >>> from transformers.pytorch_utils import Conv1D
+        >>> as_linear(Conv1D(3, 4))
+        TransposedLinear(in_features=4, out_features=3, bias=True)
+    """
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Say whether a module is transformers' `Conv1D`, without importing it."""
+    """Say whether a module is transformers' `Conv1D`, without importing it.
+
+    Examples:
+        >>> from transformers.pytorch_utils import Conv1D
+        >>> is_conv1d(Conv1D(3, 4)), is_conv1d(nn.Conv1d(4, 3, 1))
+        (True, False)
+    """
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def linear_weight(module: nn.Module) -> Tensor | None:
-    """Return the weight `(N, K)` of an `nn.Linear` or a `Conv1D` in place, None of any other."""
+    """Return the weight `(N, K)` of an `nn.Linear` or a `Conv1D` in place, None of any other.
+
+    Examples:
+        >>> from transformers.pytorch_utils import Conv1D
+        >>> linear_weight(Conv1D(3, 4)).shape, linear_weight(nn.Linear(4, 3)).shape
+        (torch.Size([3, 4]), torch.Size([3, 4]))
+    """
     if isinstance(module, nn.Linear):
         return module.weight.detach()
     return module.get_parameter("weight").detach().t() if is_conv1d(module) else None
@@ -51,7 +69,14 @@ def as_linear(conv: nn.Module) -> TransposedLinear:
 
 
 def as_conv1d(linear: nn.Linear) -> nn.Module:
-    """Return a linear layer with a bias as a `Conv1D`; the weight is copied."""
+    """Return a linear layer with a bias as a `Conv1D`; the weight is copied.
+
+    Examples:
+        >>> linear, x = nn.Linear(4, 3), torch.ones(2, 4)
+        >>> conv = as_conv1d(linear)
+        >>> conv, torch.allclose(conv(x), linear(x))
+        (Conv1D(nf=3, nx=4), True)
+    """
     home = import_extra("transformers.pytorch_utils", "hf", "QuantLinear")
     with torch.device("meta"):
         conv: nn.Module = home.Conv1D(linear.out_features, linear.in_features)

@@ -27,7 +27,14 @@ KEY = "batchery.sha256"
 
 
 def digest_of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
-    """Return the SHA-256 of names, dtypes, shapes and bytes, in the order given."""
+    """Return the SHA-256 of names, dtypes, shapes and bytes, in the order given.
+
+    Examples:
+        >>> x = torch.ones(2, 3)
+        >>> one, turned = digest_of_tensors([("x", x)]), digest_of_tensors([("x", x.t())])
+        >>> len(one), one == turned
+        (64, False)
+    """
     digest = hashlib.sha256()
     for name, value in named:
         data = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
@@ -53,7 +60,12 @@ def digests_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def digests_in(owner: str, file: str, metadata: Mapping[str, str] | None) -> dict[str, str] | None:
-    """Return what a file's metadata lists, or None; a ValueError if that is no list of digests."""
+    """Return what a file's metadata lists, or None; a ValueError if that is no list of digests.
+
+    Examples:
+        >>> digests_in("me", "x.safetensors", {"format": "pt", "batchery.sha256": '{"x": "ab12"}'})
+        {'x': 'ab12'}
+    """
     text = (metadata or {}).get(KEY)
     if text is None:
         return None
@@ -68,7 +80,16 @@ def digests_in(owner: str, file: str, metadata: Mapping[str, str] | None) -> dic
 def require_unchanged(
     owner: str, file: str, listed: Mapping[str, str] | None, name: str, tensor: Tensor
 ) -> None:
-    """Raise a ValueError unless a tensor is as the writer of its file left it."""
+    """Raise a ValueError unless a tensor is as the writer of its file left it.
+
+    Examples:
+        >>> x = torch.ones(2)
+        >>> listed = {"x": digest_of_tensors([("x", x)])}
+        >>> require_unchanged("me", "x.safetensors", listed, "x", x)
+        >>> require_unchanged("me", "x.safetensors", listed, "x", x + 1)
+        Traceback (most recent call last):
+        ValueError: me: x in x.safetensors was changed after it was written
+    """
     if listed is None:
         return
     if name not in listed:

@@ -66,6 +66,12 @@ class QuantExpert(nn.Module):
         layers: gate, up and down.
         combine: makes one of what gate and up give.
         names: of the layers.
+
+    Examples:
+        >>> layers = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)
+        >>> expert = QuantExpert(layers, torch.mul, ("w1", "w3", "w2"))
+        >>> expert(torch.ones(2, 4)).shape, expert.layers()[2] is expert.w2
+        (torch.Size([2, 4]), True)
     """
 
     def __init__(self, layers: Layers, combine: Combine, names: Sequence[str]) -> None:
@@ -131,7 +137,15 @@ class QuantExperts(nn.ModuleList):
 
 
 class ScaledExperts(QuantExperts):
-    """Experts one by one, called like Llama 4's: with the share already in each token."""
+    """Experts one by one, called like Llama 4's: with the share already in each token.
+
+    Examples:
+        >>> layers = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)
+        >>> experts = ScaledExperts([QuantExpert(layers, torch.mul, PROJECTIONS)] * 2)
+        >>> routed = torch.tensor([1.0, 0.0, 0.0, 1.0])  # token 0 to the first, 1 to the other
+        >>> experts(routed[:, None].repeat(1, 4)).any(-1)
+        tensor([ True, False, False,  True])
+    """
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """Return each expert's outputs.
@@ -161,6 +175,13 @@ def unstacked(
         names: what to call gate, up and down.
         layer: what stands for a layer, given its place in `PROJECTIONS`, the expert's number and
             an `nn.Linear` with a part of the stack; by default that.
+
+    Examples:
+        >>> from transformers import MixtralConfig
+        >>> from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+        >>> experts = MixtralExperts(MixtralConfig(hidden_size=4, intermediate_size=6))
+        >>> unstacked(experts)[7].down_proj
+        Linear(in_features=6, out_features=4, bias=False)
     """
     hull, halves, weights = hull_of(experts), gate_and_up(experts), expert_weights(experts)
     biases = {own: experts._parameters.get(f"{own}_bias") for own in STACKS}
@@ -182,6 +203,15 @@ def restack(model: nn.Module) -> None:
 
     Args:
         model: changed in place.
+
+    Examples:
+        >>> from transformers import MixtralConfig
+        >>> from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+        >>> experts = MixtralExperts(MixtralConfig(hidden_size=4, intermediate_size=6))
+        >>> model = nn.Sequential(unstacked(experts))
+        >>> restack(model)
+        >>> type(model[0]).__name__, model[0].down_proj.shape
+        ('MixtralExperts', torch.Size([8, 4, 6]))
     """
     for name, experts in list(model.named_modules()):
         if isinstance(experts, QuantExperts) and experts.hull[0] is not None:
@@ -221,7 +251,15 @@ def _rows(linear: nn.Linear, rows: slice) -> nn.Linear:
 
 
 def expert_names(model: nn.Module) -> tuple[str, ...]:
-    """Return what files call gate, up and down of a model's experts."""
+    """Return what files call gate, up and down of a model's experts.
+
+    Examples:
+        >>> from transformers import MixtralConfig, MixtralForCausalLM
+        >>> with torch.device("meta"):
+        ...     model = MixtralForCausalLM(MixtralConfig(num_hidden_layers=1))
+        >>> expert_names(model)
+        ('w1', 'w3', 'w2')
+    """
     names: dict[str, list[str]] = {}
     for conversion in _conversions(model):
         stack = conversion.target_patterns[0].rpartition("experts.")[2]
@@ -233,7 +271,15 @@ def expert_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def name_in_model(model: nn.Module) -> Callable[[str], str]:
-    """Return what gives a module's name in the model for its name in files."""
+    """Return what gives a module's name in the model for its name in files.
+
+    Examples:
+        >>> from transformers import MixtralConfig, MixtralForCausalLM
+        >>> with torch.device("meta"):
+        ...     model = MixtralForCausalLM(MixtralConfig(num_hidden_layers=1))
+        >>> name_in_model(model)("model.layers.0.block_sparse_moe.gate.weight")
+        'model.layers.0.mlp.gate.weight'
+    """
     return _renaming([conversion for conversion in _conversions(model) if _renames(conversion)])
 
 
@@ -241,6 +287,15 @@ def name_in_files(model: nn.Module) -> Callable[[str], str]:
     """Return what gives a name in files, as other tools read them, for one in the model.
 
     Names change where experts are modules: stacks have no form in files of four bits.
+
+    Examples:
+        >>> from transformers import MixtralConfig, MixtralForCausalLM
+        >>> with torch.device("meta"):
+        ...     model = MixtralForCausalLM(MixtralConfig(num_hidden_layers=1))
+        >>> mlp = model.model.layers[0].mlp
+        >>> mlp.experts = unstacked(mlp.experts, expert_names(model))
+        >>> name_in_files(model)("model.layers.0.mlp.experts.3.w2.weight")
+        'model.layers.0.block_sparse_moe.experts.3.w2.weight'
     """
     if not any(isinstance(module, QuantExperts) for module in model.modules()):
         return str
@@ -283,6 +338,14 @@ def layers_in_model(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
 
     Returns:
         The name in the model for each; the stored one where there is no such module.
+
+    Examples:
+        >>> from transformers import MixtralConfig, MixtralForCausalLM
+        >>> with torch.device("meta"):
+        ...     model = MixtralForCausalLM(MixtralConfig(num_hidden_layers=1))
+        >>> stored = "model.layers.0.block_sparse_moe.experts.3.w2"
+        >>> layers_in_model(model, [stored])[stored]
+        'model.layers.0.mlp.experts.3.w2'
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     renamed = name_in_model(model)

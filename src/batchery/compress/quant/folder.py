@@ -37,7 +37,20 @@ DTYPES = {
 
 
 class SafetensorsFolder:
-    """The tensors of a folder by name, read one at a time."""
+    """The tensors of a folder by name, read one at a time.
+
+    Examples:
+        >>> import tempfile
+        >>> from safetensors.torch import save_file
+        >>> path = Path(tempfile.mkdtemp())
+        >>> save_file({"up.weight": torch.ones(1, 2)}, path / "model.safetensors")
+        >>> _ = (path / "config.json").write_text('{"quantization_config": {"bits": 4}}')
+        >>> folder = SafetensorsFolder(path)
+        >>> folder.config(), folder.where({"weight": "up.weight"})
+        ({'bits': 4}, 'up in model.safetensors')
+        >>> folder.shape("up.weight"), folder.tensor("up.weight")
+        (((1, 2), torch.float32), tensor([[1., 1.]]))
+    """
 
     def __init__(self, path: str | Path, names: Sequence[str] = ()) -> None:
         """Find the files and read their headers.

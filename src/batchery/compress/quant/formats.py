@@ -124,6 +124,13 @@ def unpack_gptq(
     Raises:
         ValueError: a tensor is missing or does not fit, it cannot be told what zeros mean, or they
             mean something else by all appearances.
+
+    Examples:
+        >>> words = torch.full((1, 8), 0x76543210, dtype=torch.int32)
+        >>> sevens = torch.full((1, 1), 0x77777777, dtype=torch.int32)  # version 1, symmetric
+        >>> qw = unpack_gptq({"qweight": words, "qzeros": sevens, "scales": torch.ones(1, 8)})
+        >>> qw.q[0], qw.zeros
+        (tensor([0, 1, 2, 3, 4, 5, 6, 7], dtype=torch.uint8), None)
     """
     read = Reader("unpack_gptq", tensors, where)
     qweight = read.words("qweight")
@@ -164,7 +171,14 @@ def pack_awq(qw: QuantizedWeight) -> dict[str, Tensor]:
 
 
 def unpack_awq(tensors: Mapping[str, Tensor], *, where: str = "") -> QuantizedWeight:
-    """Read a layer of an AWQ checkpoint, version "gemm"; errors as for `unpack_gptq`."""
+    """Read a layer of an AWQ checkpoint, version "gemm"; errors as for `unpack_gptq`.
+
+    Examples:
+        >>> words = torch.full((4, 1), 0x75316420, dtype=torch.int32)  # even rows of W, then odd
+        >>> eights = torch.full((1, 1), 0x88888888 - 2**32, dtype=torch.int32)
+        >>> unpack_awq({"qweight": words, "qzeros": eights, "scales": torch.ones(1, 8)}).q[:, 0]
+        tensor([0, 1, 2, 3, 4, 5, 6, 7], dtype=torch.uint8)
+    """
     read = Reader("unpack_awq", tensors, where)
     qweight = read.words("qweight")
     k, n = qweight.shape[0], PER_WORD * qweight.shape[1]
@@ -203,6 +217,12 @@ def unpack_compressed_tensors(tensors: Mapping[str, Tensor], *, where: str = "")
     """Read a layer in the format "pack-quantized"; errors as for `unpack_gptq`.
 
     Zero points may be packed, or int8 `(N, K/G)` as older versions wrote them.
+
+    Examples:
+        >>> words, shape = torch.tensor([[0x43210]], dtype=torch.int32), torch.tensor([1, 5])
+        >>> layer = {"weight_packed": words, "weight_shape": shape}
+        >>> unpack_compressed_tensors({**layer, "weight_scale": torch.ones(1, 1)}).q
+        tensor([[0, 1, 2, 3, 4]], dtype=torch.uint8)
     """
     read = Reader("unpack_compressed_tensors", tensors, where)
     shape = read.tensor("weight_shape")

@@ -78,6 +78,12 @@ def pack_marlin(qw: QuantizedWeight) -> dict[str, Tensor]:
 
     Raises:
         ValueError: MARLIN has no form for the weight.
+
+    Examples:
+        >>> q = torch.full((256, 128), 7, dtype=torch.uint8)
+        >>> packed = pack_marlin(QuantizedWeight(q, torch.ones(256, 1), None, None, group_size=128))
+        >>> packed["B"].shape, packed["s"].shape, hex(packed["B"][0, 0].item())
+        (torch.Size([8, 512]), torch.Size([1, 256]), '0x77777777')
     """
     owner = "pack_marlin"
     (n, k), size = qw.shape, qw.group_size

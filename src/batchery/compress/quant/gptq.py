@@ -53,7 +53,13 @@ SEARCHED = 2**24  # weights that a clip search rounds at once: 64 MiB
 def check_settings(
     owner: str, bits: int, damp: float, block_size: int, scale_dtype: torch.dtype | None
 ) -> None:
-    """Raise where `GPTQ.quantize` would, whatever the weight."""
+    """Raise where `GPTQ.quantize` would, whatever the weight.
+
+    Examples:
+        >>> check_settings("me", bits=4, damp=0.01, block_size=0, scale_dtype=torch.float16)
+        Traceback (most recent call last):
+        ValueError: me: block_size must be >= 1, got 0
+    """
     one_of(owner, "bits", bits, (4,))
     number(owner, "damp", damp, at_least=0)
     integer(owner, "block_size", block_size, at_least=1)
@@ -154,7 +160,15 @@ class GPTQ:
         self.gram.addmm_(rows.t(), rows)
 
     def merge(self, others: Sequence["GPTQ"]) -> None:
-        """Take the inputs that others saw."""
+        """Take the inputs that others saw.
+
+        Examples:
+            >>> one, other = GPTQ(2), GPTQ(2)
+            >>> other.add_batch(torch.ones(5, 2))
+            >>> one.merge([other])
+            >>> one.tokens
+            5
+        """
         for other in others:
             self.gram += other.gram
             self.tokens += other.tokens
@@ -165,6 +179,13 @@ class GPTQ:
 
         Raises:
             ValueError: no tokens came, or they were not finite.
+
+        Examples:
+            >>> gptq = GPTQ(2)
+            >>> gptq.add_batch(torch.tensor([[1.0, 0.0], [2.0, 1.0]]))
+            >>> gptq.hessian
+            tensor([[5., 2.],
+                    [2., 1.]])
         """
         self._require_tokens()
         # A NaN, an infinity or an overflow in x shows in the diagonal.
@@ -219,6 +240,15 @@ class GPTQ:
         Raises:
             ValueError: a setting, shape or value that does not fit; no tokens; inputs that were
                 not finite; a scale too large for `scale_dtype`.
+
+        Examples:
+            >>> generator = torch.Generator().manual_seed(0)
+            >>> w, x = (torch.randn(n, 32, generator=generator) for n in (8, 100))
+            >>> gptq = GPTQ(32)
+            >>> gptq.add_batch(x.cumsum(1))  # columns that hang together
+            >>> plain, better = quantize_rtn(w, group_size=32), gptq.quantize(w, group_size=32)
+            >>> gptq.hessian_error(w, better) < gptq.hessian_error(w, plain)
+            True
         """
         check_settings(self.name, bits, damp, block_size, scale_dtype)
         size = checked_group_size(self.name, w, bits, group_size)
@@ -258,6 +288,12 @@ class GPTQ:
         """Return the factor of a Hessian at the first of three dampings that will do.
 
         None, with a warning, where none does.
+
+        Examples:
+            >>> hessian = torch.diag(torch.tensor([3.5, 0.5]))  # λ = 0.25 · 2
+            >>> GPTQ(2).damped_factor(hessian, damp=0.25)
+            tensor([[0.5000, 0.0000],
+                    [0.0000, 1.0000]])
         """
         for _ in range(DAMPINGS):
             factor = inverse_factor(hessian, damp)
@@ -278,12 +314,26 @@ class GPTQ:
 
         Raises:
             ValueError: no tokens came.
+
+        Examples:
+            >>> gptq = GPTQ(2)
+            >>> gptq.add_batch(torch.eye(2))
+            >>> w = torch.tensor([[-7.5, 0.5]])  # rounded to -8 and 0
+            >>> gptq.hessian_error(w, quantize_rtn(w, group_size=2))
+            0.5
         """
         return self.energy(dequantize(qw, self.gram.dtype) - w.to(self.gram.dtype))
 
     @torch.no_grad()
     def energy(self, w: Tensor) -> float:
-        """Return tr(W H Wᵀ): the same of the outputs themselves; errors too."""
+        """Return tr(W H Wᵀ): the same of the outputs themselves; errors too.
+
+        Examples:
+            >>> gptq = GPTQ(2)
+            >>> gptq.add_batch(torch.eye(2))
+            >>> gptq.energy(torch.tensor([[3.0, 4.0]]))
+            25.0
+        """
         self._require_tokens()
         w = w.to(self.gram.dtype)
         return float(((w @ self.gram) * w).sum()) * 2 / self.tokens

@@ -169,6 +169,12 @@ class QuantLinear(nn.Module):
         Raises:
             TypeError: the layer is neither.
             ValueError: the weight has another shape, or a group size that the kernels do not take.
+
+        Examples:
+            >>> from batchery.compress.quant.rtn import quantize_rtn
+            >>> linear = nn.Linear(64, 32)
+            >>> QuantLinear.from_linear(linear, quantize_rtn(linear.weight, group_size=32))
+            QuantLinear(in_features=64, out_features=32, bias=True, bits=4, group_size=32)
         """
         known = isinstance(linear, nn.Linear)
         require_type(known or is_conv1d(linear), "QuantLinear", "linear", "is no Linear", linear)
@@ -201,6 +207,13 @@ class QuantLinear(nn.Module):
 
         Raises:
             ValueError: a tensor does not fit the format, or the config is of none that we read.
+
+        Examples:
+            >>> from batchery.compress.quant.formats import pack_awq
+            >>> from batchery.compress.quant.rtn import quantize_rtn
+            >>> tensors = pack_awq(quantize_rtn(torch.ones(8, 64), group_size=32))
+            >>> QuantLinear.from_checkpoint(tensors, {"quant_method": "awq", "group_size": 32})
+            QuantLinear(in_features=64, out_features=8, bias=False, bits=4, group_size=32)
         """
         qw = Scheme.parse(config).read(tensors, where)
         return cls.from_quantized(qw, tensors.get("bias"), device=device, dtype=dtype)
@@ -226,12 +239,24 @@ class QuantLinear(nn.Module):
 
     @property
     def rows(self) -> int:
-        """Rows of the weight."""
+        """Rows of the weight.
+
+        Examples:
+            >>> QuantLinear(4, 3).rows, QuantLinear(4, 3, gated=True).rows
+            (3, 6)
+        """
         return 2 * self.out_features if self.gated else self.out_features
 
     @property
     def packed(self) -> PackedW4:
-        """The weight as the kernels read it, columns in the order of `order`."""
+        """The weight as the kernels read it, columns in the order of `order`.
+
+        Examples:
+            >>> from batchery.compress.quant.rtn import quantize_rtn
+            >>> packed = QuantLinear.from_quantized(quantize_rtn(torch.ones(64, 128))).packed
+            >>> packed.shape, packed.group_size
+            ((64, 128), 128)
+        """
         parts = self._buffers  # a module's attributes are slow to read
         words, scales, counters = parts["qweight"], parts["scales"], parts["counters"]
         if words is None or scales is None or counters is None:
@@ -249,7 +274,14 @@ class QuantLinear(nn.Module):
         )
 
     def quantized_weight(self) -> QuantizedWeight:
-        """Return the weight in its plain form, as it was before packing."""
+        """Return the weight in its plain form, as it was before packing.
+
+        Examples:
+            >>> from batchery.compress.quant.rtn import quantize_rtn
+            >>> qw = quantize_rtn(torch.arange(256.0).view(8, 32), group_size=32)
+            >>> torch.equal(QuantLinear.from_quantized(qw).quantized_weight().q, qw.q)
+            True
+        """
         packed = self.packed
         # q = 1 · (q - 0), exact in float32
         ones = torch.ones_like(packed.scales, dtype=torch.float32)
@@ -265,11 +297,26 @@ class QuantLinear(nn.Module):
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the weight `(N, K)` in a dtype."""
+        """Return the weight `(N, K)` in a dtype.
+
+        Examples:
+            >>> q = torch.tensor([[9, 8, 8, 6]], dtype=torch.uint8)
+            >>> qw = QuantizedWeight(q, torch.ones(1, 1), None, None, group_size=4)
+            >>> QuantLinear.from_quantized(qw).dequantize()
+            tensor([[ 1.,  0.,  0., -2.]])
+        """
         return self._in_first_order(dequantize_w4(self.packed, dtype))
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """Return an `nn.Linear` with the dequantised weight, by default in the layer's dtype."""
+        """Return an `nn.Linear` with the dequantised weight, by default in the layer's dtype.
+
+        Examples:
+            >>> q = torch.tensor([[9, 8, 8, 6]], dtype=torch.uint8)
+            >>> qw = QuantizedWeight(q, torch.ones(1, 1), None, None, group_size=4)
+            >>> linear = QuantLinear.from_quantized(qw).to_linear()
+            >>> linear, linear(torch.ones(4))
+            (Linear(in_features=4, out_features=1, bias=False), tensor([-1.]))
+        """
         require(not self.gated, "QuantLinear", "gated", "must be False for to_linear", self.gated)
         dtype = dtype or self.dtype
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
@@ -279,13 +326,27 @@ class QuantLinear(nn.Module):
         return linear.train(self.training)
 
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """Return what `to_linear` does, in the place of a `Conv1D` as one; its model needs that."""
+        """Return what `to_linear` does, in the place of a `Conv1D` as one; its model needs that.
+
+        Examples:
+            >>> from transformers.pytorch_utils import Conv1D
+            >>> from batchery.compress.quant.rtn import quantize_rtn
+            >>> conv = Conv1D(8, 32)
+            >>> qw = quantize_rtn(conv.weight.t(), group_size=32)
+            >>> QuantLinear.from_linear(conv, qw).to_dense()
+            Conv1D(nf=8, nx=32)
+        """
         linear = self.to_linear(dtype)
         return as_conv1d(linear) if self.transposed else linear
 
     @property
     def layout(self) -> Tensor:
-        """(version, bits, N, K, G) of the state."""
+        """(version, bits, N, K, G) of the state.
+
+        Examples:
+            >>> QuantLinear(64, 32).layout
+            tensor([ 1,  4, 32, 64, 64])
+        """
         sizes = (self.rows, self.in_features, self.group_size)
         return torch.tensor([VERSION, BITS, *sizes])
 

@@ -41,6 +41,16 @@ def lora_for_quantized(config: Any) -> Any:
     Raises:
         ValueError: the adapters would need the dense weight.
         TypeError: the config is no `LoraConfig`.
+
+    Examples:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from batchery.compress.quant.rtn import quantize_rtn
+        >>> linear = nn.Linear(32, 8)
+        >>> layer = QuantLinear.from_linear(linear, quantize_rtn(linear.weight, group_size=32))
+        >>> config = lora_for_quantized(LoraConfig(r=2, target_modules=["0"]))
+        >>> model = get_peft_model(nn.Sequential(layer), config)
+        >>> model.get_nb_trainable_parameters()  # 2 · (32 + 8), and all with the bias
+        (80, 88)
     """
     kind = import_extra("peft", "hf", OWNER).LoraConfig
     require_type(isinstance(config, kind), OWNER, "config", "must be a LoraConfig", config)

@@ -73,6 +73,13 @@ class QuantizationReport:
         weights: quantised weight by the name of its module; tied modules share one.
         layers: in the order of the model; tied ones once.
         seconds: of the whole call.
+
+    Examples:
+        >>> errors = {"up": 0.01, "down": 0.02}
+        >>> layers = [LayerReport(name, 40, error, 0.03, 0.1) for name, error in errors.items()]
+        >>> report = QuantizationReport({}, layers, seconds=0.2)
+        >>> max(report.layers, key=lambda layer: layer.error).name
+        'down'
     """
 
     weights: dict[str, QuantizedWeight]
@@ -255,6 +262,12 @@ def rtn_quantize_model(
         ValueError: a setting that does not fit a layer or the kernels; nothing to quantise, or only
             the smaller part of the model; stacked experts of another form; a weight that is not
             finite, or on the meta device. The model is then as it was.
+
+    Examples:
+        >>> model = nn.ModuleDict({"blocks": nn.ModuleList(nn.Linear(64, 64) for _ in range(2))})
+        >>> weights = rtn_quantize_model(model, group_size=32)
+        >>> sorted(weights), torch.equal(model.blocks[1].weight, dequantize(weights["blocks.1"]))
+        (['blocks.0', 'blocks.1'], True)
     """
     one_of("rtn_quantize_model", "bits", bits, (4,))
     one_of("rtn_quantize_model", "scale_dtype", scale_dtype, SCALE_DTYPES)

@@ -153,6 +153,14 @@ class QuantGatedMLP(nn.Module):
     Args:
         gate_up_proj: a gated layer.
         down_proj: takes what it gives.
+
+    Examples:
+        >>> from batchery.compress.quant.rtn import quantize_rtn
+        >>> both, down = (quantize_rtn(torch.ones(n, 32), group_size=32) for n in (64, 8))
+        >>> gate_up = QuantLinear.from_quantized(both, gated=True)
+        >>> mlp = QuantGatedMLP(gate_up, QuantLinear.from_quantized(down))
+        >>> mlp(torch.ones(3, 32)).shape
+        torch.Size([3, 8])
     """
 
     def __init__(self, gate_up_proj: QuantLinear, down_proj: QuantLinear) -> None:
@@ -217,7 +225,13 @@ def _names(module: nn.Module) -> tuple[str, ...]:
 
 
 def module_places(model: nn.Module) -> dict[int, list[str]]:
-    """Return all names of each module by its id: references would keep dense weights."""
+    """Return all names of each module by its id: references would keep dense weights.
+
+    Examples:
+        >>> linear = nn.Linear(2, 2)
+        >>> module_places(nn.Sequential(linear, nn.ReLU(), linear))[id(linear)]
+        ['0', '2']
+    """
     places: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         places.setdefault(id(module), []).append(name)
@@ -227,7 +241,15 @@ def module_places(model: nn.Module) -> dict[int, list[str]]:
 def replace_everywhere(
     model: nn.Module, places: dict[int, list[str]], old: nn.Module, new: nn.Module
 ) -> None:
-    """Put a module in the place of another, wherever that stands."""
+    """Put a module in the place of another, wherever that stands.
+
+    Examples:
+        >>> linear = nn.Linear(2, 2)
+        >>> model = nn.Sequential(linear, linear)
+        >>> replace_everywhere(model, module_places(model), linear, nn.Identity())
+        >>> [*model]
+        [Identity(), Identity()]
+    """
     for name in places.pop(id(old)):
         replace_module(model, name, new)
 

@@ -118,6 +118,10 @@ def choose_grid(
     Returns:
         Scales `(...)` in w's dtype, and zeros uint8 `(...)` or None; scale 1 where all w are 0,
         infinite where it is too large for `scale_dtype`.
+
+    Examples:
+        >>> choose_grid(torch.tensor([[-1.0, 2.0]]), symmetric=False, scale_dtype=None)
+        (tensor([0.2000]), tensor([5], dtype=torch.uint8))
     """
     low, high = _range(w, symmetric)
     scales, zeros = _grid(low, high, symmetric, scale_dtype)

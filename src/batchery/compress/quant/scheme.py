@@ -160,12 +160,22 @@ class Scheme:
 
     @property
     def form(self) -> Format:
-        """Name of the format that `write` writes."""
+        """Name of the format that `write` writes.
+
+        Examples:
+            >>> Scheme("gptq", version=1).form, Scheme("awq").form
+            ('gptq_v1', 'awq')
+        """
         found = f"gptq_v{self.version or 2}" if self.family == "gptq" else self.family
         return cast(Format, found)
 
     def metadata(self) -> dict[str, str]:
-        """Return what files of these tensors say of them."""
+        """Return what files of these tensors say of them.
+
+        Examples:
+            >>> Scheme("gptq", version=2).metadata()
+            {'batchery.zeros': '2'}
+        """
         return {ZEROS: str(self.version)} if self.family == "gptq" and self.version else {}
 
     def confirmed(self, metadata: Mapping[str, str], where: str) -> "Scheme":
@@ -173,6 +183,10 @@ class Scheme:
 
         Raises:
             ValueError: they say another than the config.
+
+        Examples:
+            >>> Scheme("gptq").confirmed({"batchery.zeros": "1"}, "model.safetensors").version
+            1
         """
         said = metadata.get(ZEROS)
         if said is None or self.family != "gptq" or self.sure:
@@ -189,6 +203,11 @@ class Scheme:
         Args:
             kept: linear layers that are not quantised.
             lm_head: the layer of that name is quantised.
+
+        Examples:
+            >>> config = Scheme("awq", group_sizes=(128,)).config(["lm_head"])
+            >>> config["group_size"], config["modules_to_not_convert"]
+            (128, ['lm_head'])
         """
         size = self.group_sizes[0]
         kept = sorted(kept)
@@ -221,6 +240,12 @@ class Scheme:
 
         Raises:
             ValueError: a tensor does not fit its format, the config or the kernels; it is named.
+
+        Examples:
+            >>> q = torch.full((8, 32), 9, dtype=torch.uint8)
+            >>> qw = QuantizedWeight(q, torch.ones(8, 1), None, None, group_size=32)
+            >>> torch.equal(Scheme("awq").read(pack_awq(qw), "up").q, q)
+            True
         """
         bias = tensors.get("bias")
         fine = bias is None or all_finite(bias)
@@ -271,6 +296,12 @@ class Scheme:
 
         Raises:
             ValueError: the format cannot hold the weight, or is not written.
+
+        Examples:
+            >>> q = torch.full((8, 32), 9, dtype=torch.uint8)
+            >>> qw = QuantizedWeight(q, torch.ones(8, 1), None, None, group_size=32)
+            >>> sorted(Scheme("awq").write(qw))
+            ['qweight', 'qzeros', 'scales']
         """
         written = self.family not in (MARLIN_24, CT_24)
         rule = "is not written: save_quantized writes other formats"

@@ -41,6 +41,15 @@ class SparseQuantLinear(QuantLinear):
 
     Its state is that of a `QuantLinear`. It is symmetric, without act-order, not gated, and its
     rows' bits depend on the batch.
+
+    Examples:
+        >>> from batchery.compress.quant.sparse import quantize_rtn_24
+        >>> qw = quantize_rtn_24(torch.full((128, 512), -7.5))  # scale 1
+        >>> layer = SparseQuantLinear.from_quantized(qw)
+        >>> layer(torch.ones(2, 512)).shape, layer.dequantize()[0, :4]
+        (torch.Size([2, 128]), tensor([-8., -8.,  0.,  0.]))
+        >>> torch.equal(layer.quantized_weight().q, qw.q), layer.packed.nbytes
+        (True, 25600)
     """
 
     @property

@@ -42,6 +42,13 @@ def stacks_of(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the weights `(E, ...)` of stacked experts by name; none of any other module.
 
     transformers' classes for them have names that end in `Experts`.
+
+    Examples:
+        >>> from transformers import MixtralConfig
+        >>> from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+        >>> experts = MixtralExperts(MixtralConfig(hidden_size=4, intermediate_size=6))
+        >>> {name: tuple(stack.shape) for name, stack in stacks_of(experts).items()}
+        {'gate_up_proj': (8, 12, 4), 'down_proj': (8, 4, 6)}
     """
     if not type(module).__name__.endswith("Experts"):
         return {}
@@ -50,7 +57,15 @@ def stacks_of(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def expert_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Return the stacks of a module as `(E, N, K)`, in place."""
+    """Return the stacks of a module as `(E, N, K)`, in place.
+
+    Examples:
+        >>> from transformers import GptOssConfig
+        >>> from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+        >>> experts = GptOssExperts(GptOssConfig(hidden_size=4, intermediate_size=6))
+        >>> experts.down_proj.shape[1:], expert_weights(experts)["down_proj"].shape[1:]
+        (torch.Size([6, 4]), torch.Size([4, 6]))
+    """
     turned = _is_transposed(module)
     return {
         name: stack.detach().transpose(1, 2) if turned else stack.detach()
@@ -63,6 +78,13 @@ def is_stacked(module: nn.Module) -> bool:
 
     Those without gates or with a norm behind each expert are not, nor any whose class does not say
     how it combines gate and up.
+
+    Examples:
+        >>> from transformers import MixtralConfig
+        >>> from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+        >>> experts = MixtralExperts(MixtralConfig(hidden_size=4, intermediate_size=6))
+        >>> is_stacked(experts), is_stacked(nn.Linear(4, 4))
+        (True, False)
     """
     return (
         stacks_of(module).keys() == set(STACKS)
@@ -72,7 +94,14 @@ def is_stacked(module: nn.Module) -> bool:
 
 
 def is_scaled(module: nn.Module) -> bool:
-    """Say whether stacked experts are given tokens that their shares are already in."""
+    """Say whether stacked experts are given tokens that their shares are already in.
+
+    Examples:
+        >>> from transformers import Llama4TextConfig
+        >>> from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+        >>> is_scaled(Llama4TextExperts(Llama4TextConfig(hidden_size=4, intermediate_size=6)))
+        True
+    """
     return type(module).__name__ == SCALED
 
 
@@ -105,7 +134,16 @@ def _gate_of(kind: type) -> Callable[[Any, Tensor], Tensor] | None:
 
 
 def hull_of(experts: nn.Module) -> nn.Module:
-    """Return a module like stacked experts without their weights: limits, activation, form."""
+    """Return a module like stacked experts without their weights: limits, activation, form.
+
+    Examples:
+        >>> from transformers import MixtralConfig
+        >>> from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+        >>> experts = MixtralExperts(MixtralConfig(hidden_size=4, intermediate_size=6))
+        >>> hull = hull_of(experts)
+        >>> list(hull.parameters()), hull.act_fn
+        ([], SiLUActivation())
+    """
     hull = copy.copy(experts)
     hull.is_transposed = _is_transposed(experts)  # type: ignore[assignment]
     hull._parameters = {}
@@ -113,7 +151,15 @@ def hull_of(experts: nn.Module) -> nn.Module:
 
 
 def combined(hull: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
-    """Return what stacked experts, or their hull, make of gate and up."""
+    """Return what stacked experts, or their hull, make of gate and up.
+
+    Examples:
+        >>> from transformers import MixtralConfig
+        >>> from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+        >>> experts = MixtralExperts(MixtralConfig(hidden_size=4, intermediate_size=6))
+        >>> combined(experts, torch.tensor([0.0, 30.0]), torch.tensor([2.0, 2.0]))  # silu · up
+        tensor([ 0., 60.])
+    """
     own = _gate_of(type(hull))
     if own is None or own.__module__ == COMMON:  # without a copy of both
         return hull.act_fn(gate) * up  # type: ignore[operator, no-any-return]
@@ -121,7 +167,15 @@ def combined(hull: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
 
 
 def gate_and_up(experts: nn.Module) -> tuple[slice, slice]:
-    """Return which rows of `gate_up_proj` are gate and which up: one half each, or every other."""
+    """Return which rows of `gate_up_proj` are gate and which up: one half each, or every other.
+
+    Examples:
+        >>> from transformers import MixtralConfig
+        >>> from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+        >>> experts = MixtralExperts(MixtralConfig(hidden_size=4, intermediate_size=6))
+        >>> gate_and_up(experts)
+        (slice(None, 6, None), slice(6, None, None))
+    """
     if not _is_joined(experts):
         return slice(0, None, 2), slice(1, None, 2)
     half = expert_weights(experts)["gate_up_proj"].shape[1] // 2
@@ -129,7 +183,15 @@ def gate_and_up(experts: nn.Module) -> tuple[slice, slice]:
 
 
 def join_gate_and_up(hull: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
-    """Return `(..., 2I)` of gate and up `(..., I)`, in the order of the rows of `gate_up_proj`."""
+    """Return `(..., 2I)` of gate and up `(..., I)`, in the order of the rows of `gate_up_proj`.
+
+    Examples:
+        >>> from transformers import GptOssConfig
+        >>> from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+        >>> experts = GptOssExperts(GptOssConfig(hidden_size=4, intermediate_size=6))
+        >>> join_gate_and_up(hull_of(experts), torch.zeros(2), torch.ones(2))
+        tensor([0., 1., 0., 1.])
+    """
     if _is_joined(hull):
         return torch.cat((gate, up), -1)
     return torch.stack((gate, up), -1).flatten(-2)

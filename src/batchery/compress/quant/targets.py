@@ -34,6 +34,12 @@ class Target:
             parameter's name and the expert's number.
         weight: `(N, K)`, sharing the model's memory; transposed where that is.
         role: of experts, the name with the expert's number left out; else None.
+
+    Examples:
+        >>> block = nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(4, 6) for _ in range(2))})
+        >>> target = targets_of("me", block, "blocks.0", [])[1]
+        >>> target.name, target.role, target.weight.shape
+        ('blocks.0.experts.1', 'blocks.0.experts.*', torch.Size([6, 4]))
     """
 
     name: str
@@ -52,6 +58,11 @@ def targets_of(owner: str, block: nn.Module, prefix: str, exclude: Sequence[str]
 
     Raises:
         ValueError: stacked experts that `replace_linears` does not take are not excluded.
+
+    Examples:
+        >>> block = nn.ModuleDict({"up": nn.Linear(4, 6), "gate": nn.Linear(4, 2)})
+        >>> [target.name for target in targets_of("me", block, "blocks.0", ["*.gate"])]
+        ['blocks.0.up']
     """
     wanted = [
         target for target in _all_targets(block, prefix) if not _matches(target.name, exclude)
@@ -107,6 +118,13 @@ def decoder_blocks(
 
     Raises:
         ValueError: there is none.
+
+    Examples:
+        >>> blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        >>> model = nn.ModuleDict({"h": blocks, "head": nn.Linear(4, 9)})
+        >>> name, found = decoder_blocks("me", model)
+        >>> name, found is blocks
+        ('h', True)
     """
     found: list[tuple[str, nn.ModuleList]] = []
     for name, module in model.named_modules():
@@ -141,6 +159,15 @@ def require_most_inside(
 
     Raises:
         ValueError: most linear weights lie outside; the head and what is excluded do not count.
+
+    Examples:
+        >>> blocks, tower = nn.ModuleList([nn.Linear(4, 4)]), nn.Sequential(nn.Linear(9, 9))
+        >>> model = nn.ModuleDict({"h": blocks, "t": tower})
+        >>> inside = targets_of("me", blocks, "h", [])
+        >>> require_most_inside("me", model, "h", inside, ["t.*"])
+        >>> require_most_inside("me", model, "h", inside, [])  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: me: model must have most of its linear weights ... got '16 in h, 81 outside it'
     """
     own = {target.weight.data_ptr(): target.weight.numel() for target in inside}
     heads = [layer for layer in model.children() if isinstance(layer, nn.Linear)]

@@ -85,7 +85,18 @@ def enable_transformers() -> None:
         ImportError: transformers is not installed.
 
     Examples:
+        >>> import tempfile
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+        >>> from batchery.compress.quant import replace_linears, rtn_quantize_model
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, num_hidden_layers=1, **sizes))
+        >>> replace_linears(model, rtn_quantize_model(model, group_size=32))
         >>> enable_transformers()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     loaded = AutoModelForCausalLM.from_pretrained(folder)
+        >>> loaded.model.layers[0].mlp.up_proj
+        QuantLinear(in_features=64, out_features=64, bias=False, bits=4, group_size=32)
         >>> disable_transformers()
     """
     auto = _auto()
@@ -97,7 +108,18 @@ def enable_transformers() -> None:
 
 
 def disable_transformers() -> None:
-    """Undo `enable_transformers`; models that are loaded stay as they are."""
+    """Undo `enable_transformers`; models that are loaded stay as they are.
+
+    Examples:
+        >>> from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as table
+        >>> before = table["gptq"]
+        >>> enable_transformers()
+        >>> table["gptq"].__name__
+        'QuantLinearConfig'
+        >>> disable_transformers()
+        >>> table["gptq"] is before
+        True
+    """
     auto = _auto()
     auto.AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
     for method in list(_replaced):

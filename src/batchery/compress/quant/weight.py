@@ -46,6 +46,8 @@ class QuantizedWeight:
         >>> qw = QuantizedWeight(q, torch.tensor([[0.5, 2.0]]), None, None, group_size=2)
         >>> dequantize(qw, torch.float32)
         tensor([[ 0.5000,  0.0000,  0.0000, -4.0000]])
+        >>> qw.shape
+        (1, 4)
     """
 
     q: Tensor
@@ -96,13 +98,26 @@ class QuantizedWeight:
 
     @property
     def groups(self) -> Tensor:
-        """The group of each column, int64 `(K,)`."""
+        """The group of each column, int64 `(K,)`.
+
+        Examples:
+            >>> q = torch.zeros(1, 4, dtype=torch.uint8)
+            >>> QuantizedWeight(q, torch.ones(1, 2), None, None, group_size=2).groups
+            tensor([0, 0, 1, 1])
+        """
         if self.g_idx is not None:
             return self.g_idx.long()
         return torch.arange(self.q.shape[1], device=self.q.device) // self.group_size
 
     def to(self, device: torch.device | str) -> "QuantizedWeight":
-        """Return the weight on another device."""
+        """Return the weight on another device.
+
+        Examples:
+            >>> q = torch.zeros(1, 4, dtype=torch.uint8)
+            >>> qw = QuantizedWeight(q, torch.ones(1, 1), None, None, group_size=4)
+            >>> qw.to("cpu").scales.device
+            device(type='cpu')
+        """
         zeros = None if self.zeros is None else self.zeros.to(device)
         g_idx = None if self.g_idx is None else self.g_idx.to(device)
         return QuantizedWeight(
@@ -110,7 +125,14 @@ class QuantizedWeight:
         )
 
     def rows(self, begin: int, end: int) -> "QuantizedWeight":
-        """Return the weight of some outputs: one of several layers quantised together."""
+        """Return the weight of some outputs: one of several layers quantised together.
+
+        Examples:
+            >>> q = torch.tensor([[9, 9], [7, 7]], dtype=torch.uint8)  # one row of gate, one of up
+            >>> both = QuantizedWeight(q, torch.ones(2, 1), None, None, group_size=2)
+            >>> dequantize(both.rows(1, 2))
+            tensor([[-1., -1.]])
+        """
         zeros = None if self.zeros is None else self.zeros[begin:end]
         return QuantizedWeight(
             self.q[begin:end], self.scales[begin:end], zeros, self.g_idx, self.group_size
@@ -123,7 +145,13 @@ def _below(owner: str, argument: str, tensor: Tensor, bound: int) -> None:
 
 
 def dequantize(qw: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the weight `(N, K)` in a dtype, computed at least in float32."""
+    """Return the weight `(N, K)` in a dtype, computed at least in float32.
+
+    Examples:
+        >>> q, zeros = (torch.tensor(x, dtype=torch.uint8) for x in ([[0, 3, 15]], [[3]]))
+        >>> dequantize(QuantizedWeight(q, torch.tensor([[0.5]]), zeros, None, group_size=3))
+        tensor([[-1.5000,  0.0000,  6.0000]])
+    """
     wide = torch.promote_types(dtype, torch.float32)
     scales = qw.scales.to(wide)
     zeros = None if qw.zeros is None else qw.zeros.to(wide)
@@ -154,6 +182,17 @@ def pack(
 
     Raises:
         ValueError: the kernels have no such group size, or groups are not equally large.
+
+    Examples:
+        >>> from batchery.kernels.w4a16 import w4a16_matmul
+        >>> q = torch.full((8, 64), 9, dtype=torch.uint8)
+        >>> g_idx = torch.arange(64, dtype=torch.int32) % 2
+        >>> qw = QuantizedWeight(q, torch.ones(8, 2), None, g_idx, group_size=32)
+        >>> packed, permutation = pack(qw)
+        >>> permutation[:4]
+        tensor([0, 2, 4, 6])
+        >>> w4a16_matmul(torch.ones(64)[permutation], packed)
+        tensor([64., 64., 64., 64., 64., 64., 64., 64.])
     """
     permutation = act_order("pack", qw)
     q = qw.q if permutation is None else qw.q[:, permutation]
@@ -171,6 +210,11 @@ def require_packable(owner: str, argument: str, group_size: int, k: int, where: 
         group_size: columns of a group.
         k: K.
         where: the layer.
+
+    Examples:
+        >>> require_packable("me", "size", 48, 96, "up")
+        Traceback (most recent call last):
+        ValueError: me: size must be in (32, 64, 128, 256) and divide K = 96 of up, or be K, got 48
     """
     fits = group_size == k or (group_size in GROUPS and k % group_size == 0)
     rule = f"must be in {GROUPS} and divide K = {k} of {where}, or be K"
@@ -190,7 +234,12 @@ def act_order(owner: str, qw: QuantizedWeight) -> Tensor | None:
 
 
 def all_finite(tensor: Tensor, *, infinity: bool = False) -> bool:
-    """Say whether a tensor has no NaN and, unless it may, no infinity; 8-bit ones are not read."""
+    """Say whether a tensor has no NaN and, unless it may, no infinity; 8-bit ones are not read.
+
+    Examples:
+        >>> all_finite(torch.tensor([1.0, -torch.inf])), all_finite(torch.arange(3))
+        (False, True)
+    """
     if not tensor.is_floating_point() or tensor.itemsize == 1 or not tensor.numel():
         return True
     ends = torch.stack(tensor.aminmax())  # NaN where one is; `isfinite` takes ten times as long
