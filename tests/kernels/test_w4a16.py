@@ -324,6 +324,12 @@ def test_an_argument_that_does_not_fit_is_named(change, message):
         w4a16_matmul(**{"x": torch.ones(2, 256), "weight": weight, **change})
 
 
+def test_a_weight_of_another_kind_is_named():
+    rule = "w4a16_matmul: weight must be a PackedW4, such as QuantLinear's `packed`, got Tensor"
+    with pytest.raises(TypeError, match=rule):
+        w4a16_matmul(torch.ones(2, 64), torch.ones(64, 64))
+
+
 def test_forcing_the_kernels_where_they_cannot_run_raises():
     weight = pack_w4(*draw(64, 256, 128)[:2])
     with pytest.raises(RuntimeError, match="w4a16_matmul: .* on cpu"):

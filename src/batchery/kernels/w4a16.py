@@ -120,9 +120,8 @@ def w4a16_matmul(
         >>> w4a16_matmul(r.x, after, norm_of=Norm(r.squares, eps=0.0))
         tensor([[-1.3054]])
     """
-    if not isinstance(weight, PackedW4):
-        what = "must be a PackedW4, such as `QuantLinear.packed`"
-        require_type(False, OWNER, "weight", what, weight)
+    what = "must be a PackedW4, such as QuantLinear's `packed`"
+    require_type(isinstance(weight, PackedW4), OWNER, "weight", what, weight)
     n, k = weight.shape
     fits = (
         x.dim() > 0

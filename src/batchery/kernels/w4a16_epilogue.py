@@ -126,11 +126,11 @@ def check_apart(
 ) -> None:
     """Raise if what is filled overlaps with anything else that is given."""
     h, weight, after, squares = residual
-    read = [x, weight] + [t for t in (bias, norm and norm.squares) if t is not None]
     if x.is_meta or not x.numel():
         return
+    read = (x, weight, bias, None if norm is None else norm.squares)
+    places_read = [_span(t) for t in read if t is not None]
     places = sorted(_span(t) for t in (h, after, squares))
-    places_read = [_span(t) for t in read]
     fits = all(a[1] <= b[0] for a, b in itertools.pairwise(places)) and all(
         end <= first or last <= begin for begin, end in places for first, last in places_read
     )
