@@ -236,7 +236,7 @@ def join(y: Tensor, out: Tensor, chained: bool) -> None:
 
 @cache
 def _counters(device: torch.device) -> Tensor:
-    """Zeros that the parts of each head of keys meet at; zero again after each attention."""
+    """Zeros at which programs meet that share a result; zero again when the last has come."""
     return torch.zeros(4096, dtype=torch.int32, device=device)
 
 

@@ -5,7 +5,7 @@ One step for a batch of sequences that each have a full cache of keys and values
 decoder does, in one CUDA graph. All arms hold the same numbers, the dense one those of the four-bit
 weights, and take the same kernels beside their products (`decode_kernels.py`), but for what
 four-bit products do themselves: silu(gate)·up, and in one of three ways the norms between two of
-them. Each arm has the fastest of its ways; all are printed or kept. Products of cuBLAS take no part
+them. Each arm has the fastest of its ways; the file has all. Products of cuBLAS take no part
 in a chain. Embedding and head stay in bfloat16, but for an arm that has the head in 4 bits too.
 
 Before anything is timed, what is timed is compared, over two layers (after 32 random ones what
@@ -325,7 +325,7 @@ def compare(
     tokens = torch.arange(batch, device=device)
     found: dict[str, Any] = {"batch": batch, "context": context, "ms": {}, "tokens_per_s": {}}
     for name, model in models.items():
-        names = list(WAYS) if tokens.is_cuda and name != "bfloat16" else ["chained", "apart"]
+        names = ["chained", "apart"] if name == "bfloat16" else list(WAYS)
         times = {
             way: seconds_per_step(model, tokens.clone(), cache, WAYS[way], steps)
             for way in (names if tokens.is_cuda else ["apart"])

@@ -81,14 +81,16 @@ def test_the_form_in_torch_follows_it_too(case, variant):
 def test_a_hundred_runs_give_the_same_bits(case, variant, kernel_device):
     problem = case.build(case.variants[variant], kernel_device)
     runs = 2 if kernel_device.type == "cpu" else 100  # the interpreter has no order to change
-    for rows in (1, 16, 70):
-        check_bits(problem, draw(problem, rows, dtypes(kernel_device)[0], kernel_device), runs)
+    for dtype in dtypes(kernel_device):
+        for rows in (1, 16, 70):
+            check_bits(problem, draw(problem, rows, dtype, kernel_device), runs)
 
 
 @each
 def test_a_nan_stays_in_its_row(case, variant, kernel_device):
     problem = case.build(case.variants[variant], kernel_device)
-    check_rows(problem, draw(problem, 6, dtypes(kernel_device)[0], kernel_device))
+    for dtype in dtypes(kernel_device):
+        check_rows(problem, draw(problem, 6, dtype, kernel_device))
 
 
 @each
