@@ -90,3 +90,22 @@ def products(weight, m, extra, both):
             wanted = F.silu(wanted[:, : n // 2]) * wanted[:, n // 2 :]
             bias = None if bias is None else torch.stack(bias.chunk(2), 1).flatten()
         yield x, bias, wanted, tolerance
+
+
+def assert_chain_is_alike(chain, first, replays):
+    """Kernels in a chain, and replays of its graph with new first inputs, have the bits of others.
+
+    `chain(chained)` runs kernels on `first`, a tensor on a GPU, and returns their result.
+    """
+    wanted = chain(False)
+    assert wanted.isfinite().all()
+    assert torch.equal(chain(True), wanted)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = chain(True)
+    generator = torch.Generator("cuda").manual_seed(3)
+    for _ in range(replays):
+        first.copy_(torch.randn(first.shape, device="cuda", generator=generator))
+        found.zero_()
+        graph.replay()
+        assert torch.equal(found, chain(False))

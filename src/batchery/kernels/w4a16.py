@@ -38,7 +38,7 @@ from batchery.kernels.w4a16_ops import (
     filled_by_kernel,
     multiply_normed,
     operation,
-    operation_normed,
+    operation_adding,
     w4a16_reference,
     woven_silu,
 )
@@ -149,10 +149,12 @@ def w4a16_matmul(
         what = "must be False with norm_of or add_to"
         require(not batch_invariant, OWNER, "batch_invariant", what, True)
         norm, residual = checked(OWNER, x, weight, bias, out, norm_of, add_to)
-        if by_operation:
-            y = operation_normed(rows, weight, bias, chained, norm, residual)
-        else:
+        if not by_operation:
             y = multiply_normed(rows, weight, bias, out, chained, kernel, norm, residual)
+        elif residual is None:
+            y = operation(rows, weight, bias, weight.gated, False, chained, kernel, norm)
+        else:
+            operation_adding(rows, weight, bias, chained, kernel, norm, residual)
     elif wants_grad:
         y = operation(rows, weight, bias, False, batch_invariant, chained, kernel)
         y = woven_silu(y) if weight.gated else y

@@ -128,19 +128,20 @@ def check_apart(
     h, weight, after, squares = residual
     if x.is_meta or not x.numel():
         return
+    filled = [_span(t) for t in (h, after, squares)]
     read = (x, weight, bias, None if norm is None else norm.squares)
-    places_read = [_span(t) for t in read if t is not None]
-    places = sorted(_span(t) for t in (h, after, squares))
-    fits = all(a[1] <= b[0] for a, b in itertools.pairwise(places)) and all(
-        end <= first or last <= begin for begin, end in places for first, last in places_read
-    )
+    others = [_span(t) for t in read if t is not None]
+    pairs = (*itertools.combinations(filled, 2), *itertools.product(filled, others))
+    fits = all(a[1] <= b[0] or b[1] <= a[0] for a, b in pairs)
     require(fits, owner, "add_to", "must be filled apart from what is read", "an overlap")
 
 
 def _span(t: Tensor) -> tuple[int, int]:
     """Return the addresses from which and up to which a tensor lies."""
-    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
     begin = t.data_ptr()
+    if t.is_contiguous():
+        return begin, begin + t.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
     return begin, begin + (last + 1) * t.element_size()
 
 

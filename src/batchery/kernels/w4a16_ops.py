@@ -39,7 +39,7 @@ __all__ = [
     "filled_by_kernel",
     "multiply_normed",
     "operation",
-    "operation_normed",
+    "operation_adding",
     "w4a16_reference",
     "woven_silu",
 ]
@@ -155,25 +155,6 @@ def filled_by_kernel(*tensors: Tensor) -> None:
             torch.autograd.graph.increment_version(tensor)
 
 
-def operation_normed(
-    x: Tensor,
-    weight: PackedW4,
-    bias: Tensor | None,
-    chained: bool,
-    norm: Norm | None,
-    residual: Residual | None,
-) -> Tensor:
-    """`multiply_normed` by kernels, as operations."""
-    tensors = (weight.words, weight.scales, weight.zeros, weight.counters)
-    rest = (bias, *weight.shape, weight.group_size, weight.gated, chained)
-    before = (None, 0.0) if norm is None else norm
-    if residual is not None:
-        _adding_op(x, *tensors, *rest, *before, *residual)
-        return residual.h
-    y: Tensor = _normed_op(x, *tensors, *rest, *before)
-    return y
-
-
 def operation(
     x: Tensor,
     weight: PackedW4,
@@ -182,12 +163,32 @@ def operation(
     invariant: bool,
     chained: bool,
     kernel: bool,
+    norm: Norm | None = None,
 ) -> Tensor:
     """Multiply x `(M, K)` by kernels or by torch, as an operation; `gated` joins woven columns."""
     tensors = (weight.words, weight.scales, weight.zeros, weight.counters)
-    rest = (bias, *weight.shape, weight.group_size, gated, invariant, chained, kernel)
-    y: Tensor = _w4a16_op(x, *tensors, *rest)
+    rest = (bias, *weight.shape, weight.group_size, gated, chained, kernel)
+    y: Tensor = _w4a16_op(x, *tensors, *rest, invariant, *_in_parts(norm))
     return y
+
+
+def operation_adding(
+    x: Tensor,
+    weight: PackedW4,
+    bias: Tensor | None,
+    chained: bool,
+    kernel: bool,
+    norm: Norm | None,
+    residual: Residual,
+) -> None:
+    """Multiply x `(M, K)` and add to hidden states, as an operation."""
+    tensors = (weight.words, weight.scales, weight.zeros, weight.counters)
+    rest = (bias, *weight.shape, weight.group_size, weight.gated, chained, kernel)
+    _adding_op(x, *tensors, *rest, *_in_parts(norm), *residual)
+
+
+def _in_parts(norm: Norm | None) -> tuple[Tensor | None, float]:
+    return (None, 0.0) if norm is None else norm
 
 
 @torch.library.custom_op("batchery::w4a16", mutates_args=())
@@ -202,19 +203,29 @@ def _w4a16_op(
     k: int,
     group_size: int,
     gated: bool,
-    invariant: bool,
     chained: bool,
     kernel: bool,
+    invariant: bool,
+    x_squares: Tensor | None,
+    eps: float,
 ) -> Tensor:
     """What torch.compile and autograd see: counters are as before when it returns."""
     weight = PackedW4(words, scales, zeros, counters, None, (n, k), group_size, gated)
+    if x_squares is not None:
+        return multiply_normed(x, weight, bias, None, chained, kernel, Norm(x_squares, eps), None)
     if kernel:
         return by_kernels(x, weight, bias, None, invariant, chained)
     return w4a16_reference(x, weight, bias)
 
 
+@_w4a16_op.register_fake
+def _(x: Tensor, *arguments: Any) -> Tensor:
+    n, gated = arguments[5], arguments[8]
+    return x.new_empty(x.shape[0], n // 2 if gated else n)
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, words, scales, zeros, _, _, n, k, group_size, _, _, _, ctx.kernel = inputs
+    _, words, scales, zeros, _, _, n, k, group_size, _, _, ctx.kernel, *_ = inputs
     ctx.weight = (words, scales, zeros, n, k, group_size)
 
 
@@ -229,38 +240,10 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             grad_x = grad @ torch.cat(list(dequantized_slices(weight, grad.dtype)))
     if ctx.needs_input_grad[5]:
         grad_bias = grad.sum(0)
-    return grad_x, None, None, None, None, grad_bias, *(7 * [None])
+    return grad_x, None, None, None, None, grad_bias, *(9 * [None])
 
 
 _w4a16_op.register_autograd(_gradients, setup_context=_keep)
-
-
-@torch.library.custom_op("batchery::w4a16_normed", mutates_args=())
-def _normed_op(
-    x: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    counters: Tensor,
-    bias: Tensor | None,
-    n: int,
-    k: int,
-    group_size: int,
-    gated: bool,
-    chained: bool,
-    x_squares: Tensor,
-    eps: float,
-) -> Tensor:
-    """The product of rows whose norm is not done, as torch.compile sees it."""
-    weight = PackedW4(words, scales, zeros, counters, None, (n, k), group_size, gated)
-    return multiply_normed(x, weight, bias, None, chained, x.is_cuda, Norm(x_squares, eps), None)
-
-
-@_normed_op.register_fake
-@_w4a16_op.register_fake
-def _(x: Tensor, *arguments: Any) -> Tensor:
-    n, gated = arguments[5], arguments[8]
-    return x.new_empty(x.shape[0], n // 2 if gated else n)
 
 
 @torch.library.custom_op("batchery::w4a16_adding", mutates_args=("h", "after", "h_squares"))
@@ -276,6 +259,7 @@ def _adding_op(
     group_size: int,
     gated: bool,
     chained: bool,
+    kernel: bool,
     x_squares: Tensor | None,
     eps: float,
     h: Tensor,
@@ -287,4 +271,4 @@ def _adding_op(
     weight = PackedW4(words, scales, zeros, counters, None, (n, k), group_size, gated)
     norm = None if x_squares is None else Norm(x_squares, eps)
     residual = Residual(h, gain, after, h_squares)
-    multiply_normed(x, weight, bias, None, chained, x.is_cuda, norm, residual)
+    multiply_normed(x, weight, bias, None, chained, kernel, norm, residual)
